@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says what is wrong and what would be right."""
+    """A configuration that cannot be used; the message says what is wrong and what is right."""
 
 
 def default() -> ml_collections.ConfigDict:
@@ -39,7 +39,7 @@ def default() -> ml_collections.ConfigDict:
     c.objective = ml_collections.ConfigDict()
     c.objective.exit_weights = ()  # weight of each exit's loss, shallow to deep; () = all 1
     c.objective.label_smoothing = 0.0  # in [0, 1)
-    c.objective.logit_weight = 0.0  # share of logit distillation in earlier exits' losses, in [0, 1]
+    c.objective.logit_weight = 0.0  # share of logit distillation in earlier losses, in [0, 1]
     c.objective.temperature = 3.0  # of logit distillation
     c.objective.scale_by_temperature = False  # multiply logit distillation by temperature squared
     c.objective.feature_weight = 0.0  # feature distillation of earlier exits
@@ -62,7 +62,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "digits"  # one of dfs_jax.data.names()
-    c.data.dir = config_dict.placeholder(str)  # prepared data; None: TFDS's own (~/tensorflow_datasets)
+    c.data.dir = config_dict.placeholder(str)  # prepared data; None: TFDS's own place
     c.data.seed = 0  # order and augmentation of the training examples
     c.data.validation_size = 240  # examples held out of training; 0: no validation split
     c.data.image_size = 0  # resize images to this many pixels a side; 0: as they are
@@ -70,7 +70,7 @@ def default() -> ml_collections.ConfigDict:
     c.data.crop_fill = 0  # grey level of that padding, 0-255
     c.data.flip = False  # random horizontal flip
     c.data.cutout = 0  # side of a square that is blacked out; 0: off
-    c.data.normalization = "own"  # statistics of the data set itself, or a name from data.STATISTICS
+    c.data.normalization = "own"  # the data set's own statistics, or a name in STATISTICS
 
     c.train = ml_collections.ConfigDict()
     c.train.epochs = 0.0  # length of the run in passes over the training split ...
@@ -188,7 +188,9 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return c.lock()
 
 
-def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict, sections: Sequence[str]):
+def differences(
+    a: ml_collections.ConfigDict, b: ml_collections.ConfigDict, sections: Sequence[str]
+) -> list[str]:
     """Lines `field: value in a, value in b` for every field of `sections` that differs."""
     flat_a, flat_b = _flatten(a), _flatten(b)
     lines = []
@@ -255,7 +257,7 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
         if depth < len(parents):
             node = node[key]
     if isinstance(node[leaf], ml_collections.ConfigDict):
-        raise ConfigError(f"config.{path} is a section; set one of its fields: {_listed(node[leaf])}")
+        raise ConfigError(f"config.{path} is a section; its fields: {_listed(node[leaf])}")
     try:
         node[leaf] = _parse(text, node.get_type(leaf))
     except (TypeError, ValueError):

@@ -1,0 +1,98 @@
+"""The networks by name, with the options each of them takes and the published values."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from dfs_jax.models.layers import full_precision
+from dfs_jax.models.msdnet import MSDNet
+from dfs_jax.models.multi_exit import MultiExit
+from dfs_jax.models.vgg import VGG
+from dfs_jax.surgery import Surgery
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network's class, what makes it this network, what a user may choose, and its dropout."""
+
+    build: Callable[..., MultiExit]
+    fixed: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropout_rate: float = 0.0
+
+
+_NETWORKS: dict[str, Network] = {
+    # arXiv 1703.09844, with the settings of the official DFS code.
+    "msdnet_cifar100": Network(
+        MSDNet,
+        {"factors": (1, 2, 4), "bottlenecks": (1, 2, 4)},
+        {"steps": (4, 2, 2, 2, 2, 2, 2), "initial": 16, "growth": 16, "reduction": 0.5},
+        dropout_rate=0.5,
+    ),
+    # Ours: a small one for 8×8 images.
+    "msdnet_digits": Network(
+        MSDNet,
+        {"factors": (1, 2), "bottlenecks": (1, 2), "exit_width": 32},
+        {"steps": (2, 1, 1, 1), "initial": 16, "growth": 16, "reduction": 0.5},
+        dropout_rate=0.5,
+    ),
+    "vgg7_cifar100": Network(VGG, {}, {"widths": ((64, 64), (128, 128), (256, 256))}),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The networks that `create_model` knows."""
+    return tuple(sorted(_NETWORKS))
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a network with their published values, for a configuration.
+
+    `dropout_rate` None stands for the published rate. Raises ValueError for an unknown name.
+    """
+    return {"dropout_rate": None, "adapters": False, **_find(name).options}
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    surgery: Surgery,
+    dtype: Any = jnp.float32,
+    dropout_rate: float | None = None,
+    adapters: bool = False,
+    **options: Any,
+) -> MultiExit:
+    """The network `name` as a linen module with the contract of `multi_exit.py`.
+
+    `dropout_rate=None` is the published rate; `adapters` adds the layers that only feature
+    distillation uses; `options` are the network's own, see `options(name)`. Raises ValueError
+    for an unknown name or option, naming the known ones, and for values out of range.
+    """
+    network = _find(name)
+    unknown = sorted(set(options) - set(network.options))
+    if unknown:
+        known = ", ".join(network.options) or "none"
+        raise ValueError(f"{name} has no option {unknown[0]!r}; its options: {known}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if dropout_rate is not None and not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate must lie in [0, 1), got {dropout_rate}")
+    full_precision(dtype)  # raises for what is not a type
+    return network.build(
+        num_classes=num_classes,
+        surgery=surgery,
+        dtype=dtype,
+        dropout_rate=network.dropout_rate if dropout_rate is None else dropout_rate,
+        adapters=adapters,
+        **network.fixed,
+        **{**network.options, **options},
+    )
+
+
+def _find(name: str) -> Network:
+    if name not in _NETWORKS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(names())}")
+    return _NETWORKS[name]

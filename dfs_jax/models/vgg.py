@@ -1,0 +1,107 @@
+"""VGG7 and VGG16 with an exit after every convolution (the paper, section 4.1).
+
+Convolution, ReLU, batch norm, in this order; a 2×2 max pool ends each group. An exit is global
+average pooling and a dense layer without bias. The official code stores each convolution and
+dense layer as two kernels, cut where surgery cuts the input; here it is one.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from dfs_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    Dense,
+    Feature,
+    average_pool,
+    global_average_pool,
+    max_pool,
+    relu,
+    split_torch_default,
+    torch_default,
+)
+from dfs_jax.models.multi_exit import MultiExit, plain
+
+
+class VGG(MultiExit):
+    """VGG of groups of 3×3 convolutions.
+
+    Attributes:
+      widths: output channels of the convolutions of each group.
+    """
+
+    widths: Sequence[Sequence[int]]
+
+    def setup(self):
+        widths = self._flat_widths
+        convs, heads = [], []
+        for i, width in enumerate(widths):
+            init = split_torch_default(self.surgery.cut(widths[i - 1])) if i else torch_default()
+            convs.append(Conv(width, 3, use_bias=i == 0, dtype=self.dtype, kernel_init=init))
+            init = split_torch_default(self.surgery.cut(width))
+            heads.append(
+                Dense(self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init)
+            )
+        self.convs, self.heads = convs, heads
+        self.norms = [BatchNorm(dtype=self.dtype) for _ in widths]
+        if self.adapters:
+            self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
+
+    @property
+    def _flat_widths(self) -> list[int]:
+        return [width for group in self.widths for width in group]
+
+    @property
+    def _pools(self) -> list[int]:
+        """Number of max pools up to and including that of each segment."""
+        ends = list(itertools.accumulate(len(group) for group in self.widths))
+        return [sum(end <= i + 1 for end in ends) for i in range(self.num_exits)]
+
+    @property
+    def num_exits(self) -> int:
+        return len(self._flat_widths)
+
+    @property
+    def smallest_image(self) -> int:
+        return 2 ** len(self.widths)
+
+    def segment(self, i: int, x: Feature, *, train: bool) -> tuple[jax.Array]:
+        x = self.norms[i](relu(self.convs[i](x)), train=train)
+        ends_group = self._pools[i] > (self._pools[i - 1] if i else 0)
+        return (max_pool(x, 2, 2) if ends_group else x,)
+
+    def exit_input(self, i: int, seen: Feature, uncut: Feature) -> tuple[Feature, ...]:
+        cut_away = self.surgery.partition and not self.surgery.referencing
+        return (seen, uncut) if self.adapters or cut_away else (seen,)
+
+    def head(self, i: int, exit_input: Any, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        logits = self.heads[i](global_average_pool(exit_input[0]))
+        feature = plain(exit_input[-1])
+        if self.adapters and i == self.num_exits - 1:
+            feature = _channels_first(feature)
+        return logits, feature
+
+    def adapter(self, i: int, exit_input: Any, feature: jax.Array) -> jax.Array:
+        return self.adapter_layers[i](feature, window=2 ** (self._pools[-1] - self._pools[i]))
+
+
+class _Adapter(nn.Module):
+    """A map (B, H, W, C) pooled to the last map's size, and a dense layer to its elements."""
+
+    channels: int  # of the last map
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, window: int) -> jax.Array:
+        x = average_pool(x, window)
+        width = self.channels * x.shape[1] * x.shape[2]
+        return Dense(width, use_bias=False, dtype=self.dtype, name="dense")(_channels_first(x))
+
+
+def _channels_first(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) flattened in the order C, H, W: (B, C·H·W)."""
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
