@@ -1,0 +1,150 @@
+"""Augmentation on the device: pure functions of a key and one uint8 image (H, W, C).
+
+Each augmentation is a draw of its random numbers and a deterministic function of them; `apply`
+chains those that an `Augmentation` chooses. The caller maps over examples with `jax.vmap`. Also
+here: normalisation and the statistics of the known data sets. Making batches is not.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dfs_jax.config import ConfigError
+
+# Mean and standard deviation of each channel over all training pixels, on the scale [0, 1].
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # The usual values of the PyTorch recipes.
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # python -c "import tensorflow_datasets as tfds, dfs_jax.data.digits as d; b = d.Digits();
+    # b.download_and_prepare(); x = tfds.as_numpy(b.as_dataset('train', batch_size=-1))['image'];
+    # print((x / 255).mean(), (x / 255).std())"
+    "digits": ((0.304425,), (0.375142,)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image, in this order; the defaults do nothing."""
+
+    crop_padding: int = 0  # pixels added on each side before a random crop to the old size
+    crop_fill: int = 0  # grey level of that padding
+    flip: bool = False  # left to right, for half of the images
+    cutout: int = 0  # side of a black square at a random place, which may reach over the edge
+
+
+def from_config(
+    config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
+) -> Augmentation:
+    """The choices of `config.data` for images of `image_shape` (H, W, C); raises ConfigError."""
+    c, (height, width, _) = config.data, image_shape
+    side = min(height, width)
+    if c.crop_padding < 0:
+        raise ConfigError(f"data.crop_padding {c.crop_padding} is negative; 0 turns cropping off")
+    if not 0 <= c.crop_fill <= 255:
+        raise ConfigError(f"data.crop_fill {c.crop_fill} is not a grey level between 0 and 255")
+    if not 0 <= c.cutout <= side:
+        raise ConfigError(
+            f"data.cutout {c.cutout} does not fit images of {height}x{width} pixels; "
+            f"give 0 (off) to {side}"
+        )
+    return Augmentation(c.crop_padding, c.crop_fill, c.flip, c.cutout)
+
+
+def statistics(
+    config: ml_collections.ConfigDict, own: str, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that `config.data.normalization` chooses, one per channel.
+
+    `own` names the data set's entry in STATISTICS. Raises ConfigError for an unknown name and
+    for statistics of another number of channels.
+    """
+    name = own if config.data.normalization == "own" else config.data.normalization
+    if name not in STATISTICS:
+        raise ConfigError(
+            f"data.normalization: there are no statistics {name!r}; "
+            f"known: own, {', '.join(sorted(STATISTICS))}"
+        )
+    mean, std = STATISTICS[name]
+    if len(mean) != channels:
+        raise ConfigError(
+            f"data.normalization {name!r} is for {len(mean)} channels, but the images "
+            f"have {channels}; take 'own'"
+        )
+    return mean, std
+
+
+def apply(augmentation: Augmentation, key: jax.Array, image: jax.Array) -> jax.Array:
+    """`image` (H, W, C) uint8, augmented; the same shape and type.
+
+    Each augmentation has a key of its own, so that turning one on leaves the draws of the others
+    as they were.
+    """
+    a, shape = augmentation, image.shape
+    if a.crop_padding:
+        offset = draw_crop(jax.random.fold_in(key, 0), a.crop_padding)
+        image = crop(image, offset, a.crop_padding, a.crop_fill)
+    if a.flip:
+        image = flip(image, draw_flip(jax.random.fold_in(key, 1)))
+    if a.cutout:
+        image = cutout(image, draw_cutout(jax.random.fold_in(key, 2), shape), a.cutout)
+    return image
+
+
+def draw_crop(key: jax.Array, padding: int) -> jax.Array:
+    """Row and column (2,) int32 of a crop's corner in the padded image, uniform."""
+    return jax.random.randint(key, (2,), 0, 2 * padding + 1, dtype=jnp.int32)
+
+
+def crop(image: jax.Array, offset: jax.Array, padding: int, fill: int) -> jax.Array:
+    """The window of `image`'s own size at `offset` of the image padded with grey level `fill`."""
+    height, width, _ = image.shape
+    # Reading by index is twice as fast on a CPU as padding and a dynamic slice.
+    rows = jnp.arange(height, dtype=jnp.int32) + (offset[0] - padding)
+    columns = jnp.arange(width, dtype=jnp.int32) + (offset[1] - padding)
+    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+    window = image[jnp.clip(rows, 0, height - 1)][:, jnp.clip(columns, 0, width - 1)]
+    return jnp.where(inside[..., None], window, jnp.asarray(fill, image.dtype))
+
+
+def draw_flip(key: jax.Array) -> jax.Array:
+    """Whether to flip: () bool, True half of the time."""
+    return jax.random.randint(key, (), 0, 2, dtype=jnp.int32) == 1
+
+
+def flip(image: jax.Array, flipped: jax.Array) -> jax.Array:
+    """`image` mirrored left to right where `flipped` () bool holds."""
+    columns = jnp.arange(image.shape[1], dtype=jnp.int32)
+    # By index, like the crop: both then become one pass over the pixels.
+    return image[:, jnp.where(flipped, columns[::-1], columns)]
+
+
+def draw_cutout(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Row and column (2,) int32 of the square's centre, uniform over the pixels of `shape`."""
+    return jax.random.randint(key, (2,), 0, np.array(shape[:2]), dtype=jnp.int32)
+
+
+def cutout(image: jax.Array, centre: jax.Array, size: int) -> jax.Array:
+    """`image` with a black square of `size` pixels a side.
+
+    It covers rows y - size // 2 to y - size // 2 + size - 1 around centre (y, x), and columns
+    likewise, as far as these are in the image.
+    """
+    height, width, _ = image.shape
+    low = centre - size // 2
+    rows = jnp.arange(height, dtype=jnp.int32) - low[0]
+    columns = jnp.arange(width, dtype=jnp.int32) - low[1]
+    hole = ((rows >= 0) & (rows < size))[:, None] & ((columns >= 0) & (columns < size))
+    return jnp.where(hole[..., None], jnp.zeros((), image.dtype), image)
+
+
+def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """`images` (..., C) uint8 as float32: (images / 255 - mean) / std for each channel."""
+    mean64, std64 = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    scale = (1 / (255 * std64)).astype(np.float32)
+    shift = (-mean64 / std64).astype(np.float32)
+    return images.astype(jnp.float32) * scale + shift

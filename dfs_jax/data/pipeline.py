@@ -1,0 +1,139 @@
+"""What a data set offers to training and evaluation, and the order of its training examples.
+
+Here are the types, the checks of batch sizes and the epoch order that all data sets share, and
+`place`, which puts host arrays on devices. How batches are made is in the modules beside this.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from dfs_jax.config import ConfigError
+
+Batch = dict[str, jax.Array]
+
+
+class DataError(ConfigError):
+    """Data that the configuration names and that cannot be read; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a network and a report need to know about a data set."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # (H, W, C) of the batches, after resizing
+    num_classes: int
+    class_names: tuple[str, ...]
+    train_size: int
+    validation_size: int
+    test_size: int
+
+
+class TrainSource(Protocol):
+    """Training examples: an endless stream, any step of which can be had without those before."""
+
+    size: int  # examples in an epoch
+
+    def batches(
+        self, start: int, sharding: jax.sharding.NamedSharding | None = None
+    ) -> Iterator[Batch]:
+        """Batches of steps start, start + 1, ...: `image` (B, H, W, C) float32, `label` (B,) int32.
+
+        B is `config.train.batch_size`, over all devices and processes. Images are augmented and
+        normalised. The batch of step s is a pure function of (`config.data.seed`, s). `sharding`
+        divides the leading axis over devices; None: the default device.
+        """
+        ...
+
+
+class EvalSource(Protocol):
+    """Examples to be counted: each exactly once, in the order in which they are stored."""
+
+    size: int  # examples
+    num_batches: int
+
+    def batches(self, sharding: jax.sharding.NamedSharding | None = None) -> Iterator[Batch]:
+        """All batches: `image` (B, H, W, C) float32, `label` (B,) int32, `mask` (B,) bool.
+
+        B is `config.train.eval_batch_size`, over all devices and processes. The last batch is
+        filled up with repeated examples whose mask is False. `sharding` as in `TrainSource`.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The splits of a data set; `validation` is None when `config.data.validation_size` is 0."""
+
+    train: TrainSource
+    validation: EvalSource | None
+    test: EvalSource
+    spec: Spec
+
+
+def check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises ConfigError unless `devices` divides both (positive) batch sizes of `config.train`."""
+    for field in ("batch_size", "eval_batch_size"):
+        size = config.train[field]
+        if size < 1:
+            raise ConfigError(f"train.{field} {size} is not positive; give at least {devices}")
+        if size % devices:
+            raise ConfigError(
+                f"train.{field} {size} is not divisible by the {devices} devices of the mesh; "
+                f"take {-(-size // devices) * devices}, or set mesh.data to a divisor of {size}"
+            )
+
+
+def check_seed(config: ml_collections.ConfigDict) -> int:
+    """`config.data.seed`; raises ConfigError where it is not in [0, 2**32), as keys require."""
+    seed = config.data.seed
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"data.seed {seed} is not between 0 and 2**32 - 1")
+    return seed
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (size,) int64 of an epoch's examples, equal on every platform; read-only."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+    order = generator.permutation(size)
+    order.flags.writeable = False  # the cache hands out this very array
+    return order
+
+
+def train_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The examples (batch_size,) int32 of step `step`, out of `size`.
+
+    Epochs follow each other without a gap, each in an order of its own: the batch is positions
+    step * batch_size and on of that stream. So a batch may span epochs, and none drops examples.
+    """
+    position, end = step * batch_size, (step + 1) * batch_size
+    pieces = []
+    while position < end:
+        epoch, first = divmod(position, size)
+        last = min(size, first + end - position)
+        pieces.append(permutation(size, seed, epoch)[first:last])
+        position += last - first
+    return np.concatenate(pieces).astype(np.int32)
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """`array`, the same on every process, on the devices of `sharding` (None: the default one).
+
+    Every transfer is explicit, so that it passes `jax.transfer_guard("disallow")`, and no
+    process waits for another: `jax.device_put` alone would first compare the array across
+    processes, and `jax.make_array_from_callback` is refused by the guard.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    pieces = [
+        jax.device_put(array[index], device)
+        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, pieces)
