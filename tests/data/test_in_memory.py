@@ -64,6 +64,14 @@ def test_a_batch_depends_on_seed_and_step_alone(augmented, numbered):
     assert not np.array_equal(other["label"], straight[0]["label"])
 
 
+def test_every_step_and_seed_draws_its_own_augmentation(augmented, numbered):
+    first, second = take(create(augmented, numbered(1)).train.batches(0), 2)
+    assert not np.array_equal(first["image"], second["image"])
+    augmented.data.seed = 1
+    other = take(create(augmented, numbered(1)).train.batches(0), 1)[0]
+    assert not np.array_equal(first["image"], other["image"])
+
+
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_batches_do_not_depend_on_the_number_of_devices(augmented, numbered, devices):
     augmented.train.eval_batch_size = 24
