@@ -185,7 +185,7 @@ def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: b
         part = jax.ShapeDtypeStruct((*shape[:-1], _width(live)), g.dtype)
         return jax.linear_transpose(lambda x: plain(x, kernel), part)(g)[0]
 
-    return tagged("conv", _partial(plain, input_gradient, live))
+    return tagged(f"conv:{_width(live)}", _partial(plain, input_gradient, live))
 
 
 @functools.cache
@@ -202,7 +202,7 @@ def _dense(live: Ranges):
         y = product(x, kernel)
         return y if bias is None else y + bias
 
-    return tagged("dense", apply)
+    return tagged(f"dense:{_width(live)}", apply)
 
 
 def _partial(plain, input_gradient, live: Ranges):

@@ -4,10 +4,12 @@ A tagged function is one equation `layer:<tag>` of the jaxpr, whose operands sho
 the cost of a layer is read from those, so a faster implementation inside never changes it.
 The tags and what their operands are:
 
-    conv      (x (B, H, W, C), kernel (h, w, C / groups, O)) -> (B, H', W', O)
-    dense     (x (..., C), kernel (C, O)[, bias (O,)]) -> (..., O)
+    conv[:L]  (x (B, H, W, C), kernel (h, w, C / groups, O)) -> (B, H', W', O)
+    dense[:L] (x (..., C), kernel (C, O)[, bias (O,)]) -> (..., O)
     relu      (x,) -> same shape
     pool:N    (x (B, H, W, C),) -> (B, H', W', C), each output over a window of N inputs
+
+L is the number of input channels that get a gradient; without it all of them do.
 
 The compiler inlines the call: a tag costs nothing at run time.
 """
