@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from dfs_jax.models.layers import full_precision
 from dfs_jax.models.msdnet import MSDNet
 from dfs_jax.models.multi_exit import MultiExit
+from dfs_jax.models.resnet import ResNet
 from dfs_jax.models.vgg import VGG
+from dfs_jax.models.vit import ViT
 from dfs_jax.surgery import Surgery
 
 
@@ -23,12 +25,25 @@ class Network:
     dropout_rate: float = 0.0
 
 
+_VIT_OPTIONS = {"depth": 12, "patch_size": 16, "first_exit": 6}
+
 _NETWORKS: dict[str, Network] = {
     # arXiv 1703.09844, with the settings of the official DFS code.
     "msdnet_cifar100": Network(
         MSDNet,
         {"factors": (1, 2, 4), "bottlenecks": (1, 2, 4)},
         {"steps": (4, 2, 2, 2, 2, 2, 2), "initial": 16, "growth": 16, "reduction": 0.5},
+        dropout_rate=0.5,
+    ),
+    "msdnet_imagenet": Network(
+        MSDNet,
+        {
+            "factors": (1, 2, 4, 4),
+            "bottlenecks": (1, 2, 4, 4),
+            "exit_width": None,
+            "imagenet_stem": True,
+        },
+        {"steps": (4, 4, 4, 4, 4), "initial": 32, "growth": 16, "reduction": 0.5},
         dropout_rate=0.5,
     ),
     # Ours: a small one for 8×8 images.
@@ -39,6 +54,22 @@ _NETWORKS: dict[str, Network] = {
         dropout_rate=0.5,
     ),
     "vgg7_cifar100": Network(VGG, {}, {"widths": ((64, 64), (128, 128), (256, 256))}),
+    "vgg16_imagenet": Network(
+        VGG, {}, {"widths": ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)}
+    ),
+    # arXiv 1512.03385, table 1, with the exits of the official DFS code.
+    "resnet18_cifar100": Network(ResNet, {"depths": (2, 2, 2, 2)}, {"width": 64}),
+    "resnet34_cifar100": Network(ResNet, {"depths": (3, 4, 6, 3)}, {"width": 64}),
+    "resnet50_cifar100": Network(
+        ResNet, {"depths": (3, 4, 6, 3), "bottleneck": True}, {"width": 64}
+    ),
+    "resnet101_cifar100": Network(
+        ResNet, {"depths": (3, 4, 23, 3), "bottleneck": True}, {"width": 64}
+    ),
+    # arXiv 2010.11929, table 1 (base), and timm's two smaller ones.
+    "vit_tiny_patch16": Network(ViT, {"width": 192, "heads": 3}, _VIT_OPTIONS),
+    "vit_small_patch16": Network(ViT, {"width": 384, "heads": 6}, _VIT_OPTIONS),
+    "vit_base_patch16": Network(ViT, {"width": 768, "heads": 12}, _VIT_OPTIONS),
 }
 
 
