@@ -1,0 +1,142 @@
+"""The optimizer and its learning rate, from `config.optimizer`.
+
+Registries of optimizers and of schedules; a new one is a function and an entry. What gets a
+gradient, and how several exits' gradients become one, is decided elsewhere.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from dfs_jax.config import ConfigError
+
+
+def create_optimizer(
+    config: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The update rule, and the learning rate as a function of the number of completed updates.
+
+    Args:
+      config: the whole configuration; its section `optimizer` is read.
+      steps_per_epoch: updates per pass over the training split, need not be whole.
+      total_steps: length of the run in updates; the cosine schedule ends there.
+
+    Raises:
+      ConfigError: for an unknown name or a value out of range.
+    """
+    o = config.optimizer
+    _check_number("learning_rate", o.learning_rate, o.learning_rate >= 0, "0 or more")
+    _check_number("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more")
+    _check_number("momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)")
+    if steps_per_epoch <= 0 or total_steps < 1:
+        raise ConfigError(
+            f"a run of {total_steps} steps with {steps_per_epoch} steps per epoch has no updates"
+        )
+    schedule = create_schedule(config, steps_per_epoch, total_steps)
+    return _look_up(OPTIMIZERS, "name", o.name)(o, schedule), schedule
+
+
+def create_schedule(
+    config: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int
+) -> optax.Schedule:
+    """The learning rate alone; arguments and errors as for `create_optimizer`.
+
+    With w warm-up steps the rate of step s is multiplied by min(1, s / w). Milestones count
+    from the start of the run; cosine decay begins where the warm-up ends. A run may be shorter
+    than its warm-up or its milestones (a quick try of a long recipe).
+    """
+    o = config.optimizer
+    _check_number("warmup_epochs", o.warmup_epochs, o.warmup_epochs >= 0, "0 or more")
+    warmup = _steps(o.warmup_epochs, steps_per_epoch)
+    after = _look_up(SCHEDULES, "schedule", o.schedule)(o, steps_per_epoch, total_steps, warmup)
+    if warmup == 0:
+        return after
+    return lambda step: jnp.minimum(1.0, step / warmup) * after(step)
+
+
+def _sgd(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """PyTorch's SGD: g' = g + λp on every parameter; v = μv + g'; p -= ηv (Nesterov: g' + μv).
+
+    The rate multiplies when the velocity is applied, so a change of it acts on all of v.
+    """
+    if o.nesterov and o.momentum == 0:
+        raise ConfigError("config.optimizer.nesterov = True needs config.optimizer.momentum > 0")
+    parts = []
+    if o.weight_decay:
+        parts.append(optax.add_decayed_weights(o.weight_decay))
+    if o.momentum:
+        parts.append(optax.trace(decay=o.momentum, nesterov=o.nesterov))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": _sgd}
+
+
+def _multistep(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
+    """η · rate^(number of milestones reached): the usual rule.
+
+    The official code raises the rate to the sum of floor(epoch / milestone), which counts a
+    milestone twice from epoch 2 · milestone on; with the published milestones the two agree.
+    """
+    del total_steps, warmup
+    _check_number("decay_rate", o.decay_rate, o.decay_rate > 0, "above 0")
+    milestones = tuple(o.milestones)
+    if any(m <= 0 for m in milestones) or any(a >= b for a, b in itertools.pairwise(milestones)):
+        raise ConfigError(
+            f"config.optimizer.milestones = {milestones} must be epochs above 0, increasing"
+        )
+    boundaries = [_steps(m, steps_per_epoch) for m in milestones]
+    # A table, so that the powers are those of Python's float64.
+    rates = [o.learning_rate * o.decay_rate**i for i in range(len(milestones) + 1)]
+
+    def schedule(step):
+        reached = jnp.sum(jnp.asarray(step) >= jnp.asarray(boundaries, int), dtype=int)
+        return jnp.asarray(rates, float)[reached]
+
+    return schedule
+
+
+def _cosine(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
+    """η · (1 + cos(π t)) / 2 with t from 0 after the warm-up to 1 at the end of the run."""
+    del steps_per_epoch
+
+    def schedule(step):
+        t = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        return o.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * t))
+
+    return schedule
+
+
+def _constant(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
+    del steps_per_epoch, total_steps, warmup
+    return lambda step: jnp.asarray(o.learning_rate, float)
+
+
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "multistep": _multistep,
+    "cosine": _cosine,
+    "constant": _constant,
+}
+
+
+def _steps(epochs: float, steps_per_epoch: float) -> int:
+    """The first step that is not before `epochs`."""
+    # Rounded first: 3 · (100 / 3) is a little more than 100 in floating point.
+    return math.ceil(round(epochs * steps_per_epoch, 6))
+
+
+def _check_number(field: str, value: float, ok: bool, range_: str) -> None:
+    if not ok or not math.isfinite(value):
+        raise ConfigError(f"config.optimizer.{field} = {value} must be {range_}")
+
+
+def _look_up(registry: dict[str, Callable], field: str, name: str) -> Callable:
+    if name not in registry:
+        raise ConfigError(
+            f"config.optimizer.{field} = {name!r} is unknown; known: {', '.join(registry)}"
+        )
+    return registry[name]
