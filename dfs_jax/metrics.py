@@ -1,0 +1,325 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, progress lines, exact evaluation counts.
+
+Which metrics exist and when they are written is the training loop's. Accuracies are fractions
+in [0, 1].
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import lax
+
+_log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics.jsonl
+# ---------------------------------------------------------------------------------------------
+
+
+class MetricWriter:
+    """Appends scalars to `<workdir>/metrics.jsonl` and to TensorBoard events beside it.
+
+    A line is {"step": s, name: value, …}. A pair of step and name occurs at most once in the
+    file, whatever is written again after a resume. JSON has no NaN and no infinity: these are
+    written as null, and `read_metrics` reads null as NaN. In processes other than 0 every
+    method does nothing.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, start_step: int = 0, tensorboard: bool = True):
+        """Opens the file; lines with a step beyond `start_step`, and torn ones, are removed.
+
+        Args:
+          workdir: created if need be.
+          start_step: completed updates of the state that the run starts from.
+          tensorboard: also write events; without clu or TensorFlow this is skipped with a note.
+        """
+        self._primary = jax.process_index() == 0
+        self._events = None
+        if not self._primary:
+            return
+        path = _path(workdir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in _parse(path) if r["step"] <= start_step]
+        self._written: dict[int, set[str]] = {}
+        for record in kept:
+            self._written.setdefault(record["step"], set()).update(record)
+        temporary = path.parent / f"{path.name}.tmp"
+        temporary.write_text("".join(_line(record) for record in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+        if tensorboard:
+            self._events = _event_writer(path.parent)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes one line, on disk when this returns; values are numbers or 0-d arrays.
+
+        Names that were recorded for this step already are left out.
+        """
+        if not self._primary:
+            return
+        step = int(step)
+        seen = self._written.setdefault(step, {"step"})
+        new = {name: _number(value) for name, value in scalars.items() if name not in seen}
+        if not new:
+            return
+        seen.update(new)
+        self._file.write(_line({"step": step, **new}))
+        self._file.flush()
+        if self._events is not None:
+            self._events.write_scalars(step, new)
+
+    def close(self) -> None:
+        """Closes the file and writes out the events."""
+        if not self._primary:
+            return
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of `<workdir>/metrics.jsonl`; a torn last line is left out, null is NaN.
+
+    Returns an empty list if there is no such file.
+    """
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in _parse(_path(workdir))
+    ]
+
+
+def _path(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir) / "metrics.jsonl"
+
+
+def _parse(path: epath.Path) -> list[dict[str, Any]]:
+    records = []
+    if not path.exists():
+        return records
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            _log.warning("Line %d of %s is torn and is left out.", number, path)
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    clean = {name: value if _is_finite(value) else None for name, value in record.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _number(value: Any) -> int | float:
+    value = np.asarray(value).item()
+    return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+
+
+def _event_writer(workdir: epath.Path) -> Any:
+    try:
+        import tensorflow as tf
+        from clu import metric_writers
+    except ImportError as error:
+        _log.warning("No TensorBoard events are written: %s.", error)
+        return None
+    # TensorFlow would otherwise take most of the GPU's memory. It refuses once it is in use.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
+    return metric_writers.SummaryWriter(str(workdir))
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Prints one line per call: where the run is, how fast it goes and when it will end.
+
+    Plain lines without escape codes, so that they read the same in a terminal and in a log.
+    """
+
+    def __init__(self, total_steps: int, *, start_step: int = 0, stream: TextIO | None = None):
+        """The time to go is estimated from the steps since this call, evaluations included.
+
+        Args:
+          total_steps: length of the whole run.
+          start_step: where this process starts.
+          stream: standard error if None, read at every call.
+        """
+        self._total = total_steps
+        self._start_step = start_step
+        self._stream = stream
+        self._start = time.monotonic()
+
+    def print(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints `line(step, metrics)` in process 0."""
+        if jax.process_index() == 0:
+            print(self.line(step, metrics), file=self._stream or sys.stderr, flush=True)
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The line for `step` completed updates.
+
+        Of `metrics` it shows train/loss, the top1 of every exit (of training or evaluation),
+        eval/mean/top1 and train/images_per_second, as far as they are there.
+        """
+        parts = [f"step {step}/{self._total} ({step / max(self._total, 1):.1%})"]
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.4f}")
+        for split in ("train", "eval"):
+            exits = []
+            while (name := f"{split}/exit{len(exits) + 1}/top1") in metrics:
+                exits.append(f"{metrics[name]:.3f}")
+            if exits:
+                parts.append(f"{split} top1 by exit {' '.join(exits)}")
+        if "eval/mean/top1" in metrics:
+            parts.append(f"mean {metrics['eval/mean/top1']:.4f}")
+        if "train/images_per_second" in metrics:
+            parts.append(f"{metrics['train/images_per_second']:,.0f} images/s")
+        done = step - self._start_step
+        if done > 0:
+            left = (time.monotonic() - self._start) / done * max(self._total - step, 0)
+            parts.append(f"ETA {_clock(left)}")
+        return "  ".join(parts)
+
+
+def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    """A plain-text table: text is left-aligned, numbers right-aligned; floats have 4 decimals.
+
+    Returns the lines joined by newlines, without one at the end.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(headers, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [
+        bool(rows) and all(isinstance(row[i], (int, float, np.number)) for row in rows)
+        for i in range(len(headers))
+    ]
+
+    def line(row):
+        padded = (
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Exact evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExitCounts:
+    """Sums over examples, N exits from shallow to deep; they add up across batches."""
+
+    top1: Any  # (N,) correct answers
+    top5: Any  # (N,) labels among the five largest logits; None for five classes or fewer
+    loss: Any  # (N,) cross-entropy, summed
+    ensemble: Any  # () correct answers of the mean of all exits' softmax
+    count: Any  # () examples
+
+
+def count_batch(logits: Sequence[jax.Array], labels: jax.Array, mask: jax.Array) -> ExitCounts:
+    """The counts of one batch; can be jitted, and used under any sharding of the batch.
+
+    Among equal logits the lower class comes first, as in `jax.lax.top_k`.
+
+    Args:
+      logits: one (B, K) array per exit, shallow to deep.
+      labels: (B,) integers; of any value where the mask is 0.
+      mask: (B,) 1 or True for examples that count, 0 for padding.
+
+    Returns:
+      int32 counts, and losses in float32 (or wider, as the logits).
+    """
+    mask = mask.astype(bool)
+    labels = jnp.where(mask, labels, 0)
+    stacked = jnp.stack(logits)  # (N, B, K)
+    stacked = stacked.astype(jnp.promote_types(jnp.float32, stacked.dtype))
+    classes = stacked.shape[-1]
+
+    def correct(scores, k):
+        hit = jnp.any(lax.top_k(scores, k)[1] == labels[:, None], axis=-1)
+        return jnp.sum(hit & mask, axis=-1, dtype=jnp.int32)
+
+    log_probabilities = jax.nn.log_softmax(stacked)
+    index = jnp.broadcast_to(labels[:, None], (*stacked.shape[:-1], 1))
+    loss = -jnp.take_along_axis(log_probabilities, index, axis=-1)[..., 0]
+    return ExitCounts(
+        top1=correct(stacked, 1),
+        top5=correct(stacked, 5) if classes > 5 else None,
+        loss=jnp.sum(jnp.where(mask, loss, 0), axis=-1),
+        ensemble=correct(jnp.mean(jnp.exp(log_probabilities), axis=0), 1),
+        count=jnp.sum(mask, dtype=jnp.int32),
+    )
+
+
+def add_counts(total: ExitCounts | None, batch: ExitCounts) -> ExitCounts:
+    """`total` plus the counts of a batch, on the host in int64 and float64; None is zero."""
+
+    def wide(x):
+        x = np.asarray(x)
+        return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
+
+    batch = jax.tree.map(wide, jax.device_get(batch))
+    return batch if total is None else jax.tree.map(np.add, total, batch)
+
+
+def summarise(counts: ExitCounts, prefix: str) -> dict[str, float]:
+    """Metrics of `counts`, e.g. for prefix "eval": eval/exit1/top1, …/top5, …/loss for every
+    exit from 1, eval/ensemble/top1, and eval/mean/top1, the mean over exits.
+
+    top5 is there only for more than five classes. Raises ValueError if nothing was counted.
+    """
+    count = int(counts.count)
+    if count == 0:
+        raise ValueError(f"{prefix}: no examples were counted")
+    top1 = np.asarray(counts.top1, np.float64) / count
+    metrics = {}
+    for i in range(len(top1)):
+        metrics[f"{prefix}/exit{i + 1}/top1"] = float(top1[i])
+        if counts.top5 is not None:
+            metrics[f"{prefix}/exit{i + 1}/top5"] = int(counts.top5[i]) / count
+        metrics[f"{prefix}/exit{i + 1}/loss"] = float(counts.loss[i]) / count
+    metrics[f"{prefix}/ensemble/top1"] = int(counts.ensemble) / count
+    metrics[f"{prefix}/mean/top1"] = float(np.mean(top1))
+    return metrics
