@@ -227,17 +227,3 @@ def global_average_pool(x: Feature) -> Feature:
 @functools.cache
 def _global_average_pool(elements: int):
     return tagged(f"pool:{elements}", functools.partial(jnp.mean, axis=(1, 2)))
-
-
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """x (B, H, W, C) enlarged to (B, *size, C), pixel centres at halves, as in PyTorch."""
-    return _resize_bilinear(tuple(size))(x)
-
-
-@functools.cache
-def _resize_bilinear(size: tuple[int, int]):
-    def resize(x):
-        return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
-
-    # Tagged because it is traced to matrix products, which would be counted as layers.
-    return tagged("resize", resize)

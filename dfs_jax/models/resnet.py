@@ -21,7 +21,6 @@ from dfs_jax.models.layers import (
     global_average_pool,
     he_fan_out,
     relu,
-    resize_bilinear,
 )
 from dfs_jax.models.multi_exit import MultiExit, plain
 
@@ -153,7 +152,8 @@ class Attention(nn.Module):
     def __call__(self, x: Feature, *, train: bool) -> jax.Array:
         y = SeparableConv(x.shape[-1], dtype=self.dtype, name="sep")(x, train=train)
         y = relu(BatchNorm(dtype=self.dtype, name="bn")(y, train=train))
-        return jax.nn.sigmoid(resize_bilinear(y, x.shape[1:3]))
+        # Pixel centres at halves, the edge repeated, as PyTorch's align_corners=False.
+        return jax.nn.sigmoid(jax.image.resize(y, (*x.shape[:3], y.shape[-1]), "bilinear"))
 
 
 class SeparableConv(nn.Module):
