@@ -46,7 +46,7 @@ class Restored(NamedTuple):
     meta: dict[str, Any]  # as given to `save` (after a round trip through JSON)
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """The checkpoints of one run; keeps the newest two and the best one.
 
     Every process of a run must construct it and call its methods in the same order.
@@ -85,12 +85,7 @@ class Checkpointer:
         )
         self._load_scores()
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
+    @jax.transfer_guard("allow")
     def save(
         self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> bool:
@@ -133,6 +128,7 @@ class Checkpointer:
         )
         return bool(saved)
 
+    @jax.transfer_guard("allow")
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
         """The newest undamaged checkpoint, or exactly `step`.
 
@@ -230,6 +226,9 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the running save and releases Orbax's threads."""
         self._manager.close()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
 
     def _score(self, metrics: Mapping[str, float]) -> float | None:
         if self._best_metric is None:

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -161,7 +161,8 @@ def _event_writer(workdir: epath.Path) -> Any:
 class Progress:
     """Prints one line per call: where the run is, how fast it goes and when it will end.
 
-    Plain lines without escape codes, so that they read the same in a terminal and in a log.
+    Plain lines without escape codes, so that they read the same in a terminal and in a log;
+    only process 0 prints.
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, stream: TextIO | None = None):
@@ -170,42 +171,48 @@ class Progress:
         Args:
           total_steps: length of the whole run.
           start_step: where this process starts.
-          stream: standard error if None, read at every call.
+          stream: standard error if None, looked up at every call.
         """
         self._total = total_steps
         self._start_step = start_step
         self._stream = stream
         self._start = time.monotonic()
 
-    def print(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints `line(step, metrics)` in process 0."""
-        if jax.process_index() == 0:
-            print(self.line(step, metrics), file=self._stream or sys.stderr, flush=True)
-
-    def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The line for `step` completed updates.
-
-        Of `metrics` it shows train/loss, the top1 of every exit (of training or evaluation),
-        eval/mean/top1 and train/images_per_second, as far as they are there.
+    def training(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints loss, training accuracy by exit and speed, as far as `metrics` has them:
+        train/loss, train/exit1/top1 …, train/images_per_second; and the time to go.
         """
-        parts = [f"step {step}/{self._total} ({step / max(self._total, 1):.1%})"]
+        parts = []
         if "train/loss" in metrics:
             parts.append(f"loss {metrics['train/loss']:.4f}")
-        for split in ("train", "eval"):
-            exits = []
-            while (name := f"{split}/exit{len(exits) + 1}/top1") in metrics:
-                exits.append(f"{metrics[name]:.3f}")
-            if exits:
-                parts.append(f"{split} top1 by exit {' '.join(exits)}")
-        if "eval/mean/top1" in metrics:
-            parts.append(f"mean {metrics['eval/mean/top1']:.4f}")
+        parts += _by_exit("train", metrics)
         if "train/images_per_second" in metrics:
             parts.append(f"{metrics['train/images_per_second']:,.0f} images/s")
         done = step - self._start_step
         if done > 0:
             left = (time.monotonic() - self._start) / done * max(self._total - step, 0)
             parts.append(f"ETA {_clock(left)}")
-        return "  ".join(parts)
+        self._print(step, parts)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], *, prefix: str = "eval") -> None:
+        """Prints the accuracy by exit, of the ensemble and the mean, from `summarise`."""
+        parts = _by_exit(prefix, metrics)
+        for name in ("ensemble", "mean"):
+            if f"{prefix}/{name}/top1" in metrics:
+                parts.append(f"{name} {metrics[f'{prefix}/{name}/top1']:.4f}")
+        self._print(step, parts)
+
+    def _print(self, step: int, parts: Sequence[str]) -> None:
+        if jax.process_index() == 0:
+            where = f"step {step}/{self._total} ({step / max(self._total, 1):.1%})"
+            print("  ".join([where, *parts]), file=self._stream or sys.stderr, flush=True)
+
+
+def _by_exit(prefix: str, metrics: Mapping[str, float]) -> list[str]:
+    exits: list[str] = []
+    while (name := f"{prefix}/exit{len(exits) + 1}/top1") in metrics:
+        exits.append(f"{metrics[name]:.3f}")
+    return [f"{prefix} top1 by exit {' '.join(exits)}"] if exits else []
 
 
 def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
@@ -293,15 +300,20 @@ def count_batch(logits: Sequence[jax.Array], labels: jax.Array, mask: jax.Array)
     )
 
 
-def add_counts(total: ExitCounts | None, batch: ExitCounts) -> ExitCounts:
-    """`total` plus the counts of a batch, on the host in int64 and float64; None is zero."""
+def total(batches: Iterable[ExitCounts]) -> ExitCounts:
+    """The sum of the counts of all `batches`, on the host in int64 and float64.
+
+    Raises ValueError if there is no batch.
+    """
 
     def wide(x):
-        x = np.asarray(x)
+        x = np.asarray(jax.device_get(x))
         return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
-    batch = jax.tree.map(wide, jax.device_get(batch))
-    return batch if total is None else jax.tree.map(np.add, total, batch)
+    sums = [jax.tree.map(wide, batch) for batch in batches]
+    if not sums:
+        raise ValueError("there are no batches to count")
+    return jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *sums)
 
 
 def summarise(counts: ExitCounts, prefix: str) -> dict[str, float]:

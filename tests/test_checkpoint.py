@@ -14,6 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from dfs_jax import checkpoint
 from dfs_jax.checkpoint import Checkpointer, CheckpointError
 
+# TensorStore leaves futures behind when it meets a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @flax.struct.dataclass
 class State:
@@ -179,7 +182,6 @@ def garble_meta(step_folder):
     (step_folder / "meta" / "metadata").write_bytes(b"\x00" * 40)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's
 @pytest.mark.parametrize(
     "damage",
     [flip_array_bytes, truncate, empty, remove_meta, remove_state, edit_meta, garble_meta],

@@ -109,24 +109,22 @@ def test_without_tensorflow_the_file_is_written_all_the_same(tmp_path, monkeypat
     assert "No TensorBoard events" in caplog.text
 
 
-def test_progress_line(monkeypatch):
+def test_progress_lines(monkeypatch):
     clock = iter([100.0, 150.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
     progress = metrics.Progress(2000, start_step=1000, stream=stream)
-    shown = {
-        "train/loss": 1.23456,
-        "train/exit1/top1": 0.5,
-        "train/exit2/top1": 0.625,
-        "train/images_per_second": 12345.6,
-    }
-    progress.print(1010, shown)
+    scores = {"exit1/top1": 0.5, "exit2/top1": 0.625}
+    shown = {"train/loss": 1.23456, "train/images_per_second": 12345.6}
+    progress.training(1010, shown | {f"train/{name}": v for name, v in scores.items()})
+    scores |= {"ensemble/top1": 0.6, "mean/top1": 0.5625, "exit1/loss": 2.0}
+    progress.evaluation(1010, {f"eval/{name}": v for name, v in scores.items()})
     # 5 seconds a step since step 1000, 990 steps to go.
-    assert stream.getvalue() == (
+    assert stream.getvalue().splitlines() == [
         "step 1010/2000 (50.5%)  loss 1.2346  train top1 by exit 0.500 0.625  12,346 images/s  "
-        "ETA 1:22:30\n"
-    )
-    assert progress.line(1000, {}) == "step 1000/2000 (50.0%)"
+        "ETA 1:22:30",
+        "step 1010/2000 (50.5%)  eval top1 by exit 0.500 0.625  ensemble 0.6000  mean 0.5625",
+    ]
 
 
 def test_table():
@@ -188,12 +186,12 @@ def test_counts_do_not_depend_on_batches_or_devices():
     logits, labels, mask = example_batch(64, 12)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     cut = NamedSharding(mesh, PartitionSpec("data"))
-    whole = metrics.add_counts(None, metrics.count_batch(logits, labels, jnp.asarray(mask)))
-    total = None
+    whole = metrics.total([metrics.count_batch(logits, labels, jnp.asarray(mask))])
+    batches = []
     for start in range(0, 64, 16):
         part = jax.tree.map(lambda x, s=start: x[s : s + 16], (logits, labels, mask))
-        batch = jax.jit(metrics.count_batch)(*jax.device_put(part, cut))
-        total = metrics.add_counts(total, batch)
+        batches.append(jax.jit(metrics.count_batch)(*jax.device_put(part, cut)))
+    total = metrics.total(batches)
     assert total.top1.dtype == np.int64
     assert total.loss.dtype == np.float64
     np.testing.assert_allclose(total.loss, whole.loss, rtol=1e-6)
@@ -203,9 +201,7 @@ def test_counts_do_not_depend_on_batches_or_devices():
 
 def test_counts_beyond_32_bits():
     batch = ExitCounts(np.int32([2**30]), None, np.float32([1]), np.int32(2**30), np.int32(2**30))
-    total = None
-    for _ in range(6):
-        total = metrics.add_counts(total, batch)
+    total = metrics.total([batch] * 6)
     assert total.count == 6 * 2**30
     assert metrics.summarise(total, "eval")["eval/exit1/top1"] == 1.0
 
