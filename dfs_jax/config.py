@@ -9,7 +9,7 @@ import ast
 import difflib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +189,18 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def differences(
-    a: ml_collections.ConfigDict, b: ml_collections.ConfigDict, sections: Sequence[str]
+    there: ml_collections.ConfigDict, now: ml_collections.ConfigDict, *, ignored: Iterable[str] = ()
 ) -> list[str]:
-    """Lines `field: value in a, value in b` for every field of `sections` that differs."""
-    flat_a, flat_b = _flatten(a), _flatten(b)
+    """Lines `field: value there, value now` of every field that differs.
+
+    `ignored` names fields ("data.dir") and whole sections ("mesh") that may differ.
+    """
+    before, after, ignored = _flatten(there), _flatten(now), set(ignored)
     lines = []
-    for path in sorted(flat_a.keys() | flat_b.keys()):
-        if path.split(".")[0] in sections and flat_a.get(path) != flat_b.get(path):
-            lines.append(f"{path}: {flat_a.get(path)!r} there, {flat_b.get(path)!r} now")
+    for path in sorted(before.keys() | after.keys()):
+        skip = path in ignored or path.split(".")[0] in ignored
+        if not skip and before.get(path) != after.get(path):
+            lines.append(f"{path}: {before.get(path)!r} there, {after.get(path)!r} now")
     return lines
 
 

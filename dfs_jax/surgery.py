@@ -178,10 +178,11 @@ def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: b
         )
 
     def input_gradient(shape, kernel, g):
-        axis = 3 if depthwise else 2
-        kernel = _take(kernel, live, axis)
         if depthwise:
-            g = _take(g, _spread(live, g.shape[-1] // shape[-1]), 3)
+            outputs = _spread(live, g.shape[-1] // shape[-1])
+            kernel, g = _take(kernel, outputs, 3), _take(g, outputs, 3)
+        else:
+            kernel = _take(kernel, live, 2)
         part = jax.ShapeDtypeStruct((*shape[:-1], _width(live)), g.dtype)
         return jax.linear_transpose(lambda x: plain(x, kernel), part)(g)[0]
 

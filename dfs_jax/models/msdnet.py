@@ -33,6 +33,7 @@ class MSDNet(MultiExit):
       growth: channels that a layer adds to the finest scale.
       reduction: share of the channels that is left after a scale was dropped.
       exit_width: channels of an exit's convolutions; None keeps those of its input.
+      exit_depth: number of an exit's convolutions, each of stride 2.
       imagenet_stem: 7×7 convolution and max pool, which quarter the image, instead of a 3×3.
     """
 
@@ -43,6 +44,7 @@ class MSDNet(MultiExit):
     growth: int = 16
     reduction: float = 0.5
     exit_width: int | None = 128
+    exit_depth: int = 2
     imagenet_stem: bool = False
 
     def setup(self):
@@ -77,6 +79,7 @@ class MSDNet(MultiExit):
                 Exit(
                     self.num_classes,
                     width=self.exit_width or width * self.factors[-1],
+                    depth=self.exit_depth,
                     dropout_rate=self.dropout_rate,
                     dtype=self.dtype,
                 )
@@ -90,9 +93,9 @@ class MSDNet(MultiExit):
 
     @property
     def smallest_image(self) -> int:
-        """An exit halves the coarsest map twice, and needs 2×2 pixels to pool."""
+        """An exit's convolutions halve the coarsest map, of which 2×2 pixels must be left."""
         shrink = 2 ** (len(self.factors) - 1) * (4 if self.imagenet_stem else 1)
-        return 4 * shrink + 1
+        return 2**self.exit_depth * shrink + 1
 
     def segment(self, i: int, *features: Feature, train: bool) -> tuple[Feature, ...]:
         if i == 0:
@@ -207,19 +210,20 @@ class Transition(nn.Module):
 
 
 class Exit(nn.Module):
-    """Two 3×3 convolutions of stride 2, average pooling, dropout and a dense layer.
+    """3×3 convolutions of stride 2, average pooling, dropout and a dense layer.
 
     The feature is what the pooling gives, (B, width).
     """
 
     num_classes: int
     width: int
+    depth: int
     dropout_rate: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Feature, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        for k in range(2):
+        for k in range(self.depth):
             x = ConvBNReLU(self.width, 3, 2, dtype=self.dtype, name=f"conv_{k}")(x, train=train)
         feature = global_average_pool(x)
         kept = nn.Dropout(self.dropout_rate, deterministic=not train)(feature)

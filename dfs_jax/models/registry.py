@@ -49,7 +49,7 @@ _NETWORKS: dict[str, Network] = {
     # Ours: a small one for 8×8 images.
     "msdnet_digits": Network(
         MSDNet,
-        {"factors": (1, 2), "bottlenecks": (1, 2), "exit_width": 32},
+        {"factors": (1, 2), "bottlenecks": (1, 2), "exit_width": 32, "exit_depth": 1},
         {"steps": (2, 1, 1, 1), "initial": 16, "growth": 16, "reduction": 0.5},
         dropout_rate=0.5,
     ),
