@@ -60,10 +60,7 @@ def run(
         config = None
         if getattr(arguments, "config", None) is not None:
             config = configuration.load(arguments.config, overrides)
-            if config.train.precision == "float64":
-                import jax
-
-                jax.config.update("jax_enable_x64", True)
+            _configure_jax(config)
         elif overrides:
             raise ConfigError(f"--config.{overrides[0]} needs --config FILE")
         body(arguments, config)
@@ -76,6 +73,16 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _configure_jax(config: ml_collections.ConfigDict) -> None:
+    import jax
+
+    if config.train.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if config.train.compilation_cache:
+        cache = os.path.expanduser(config.train.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]):

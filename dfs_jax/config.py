@@ -82,6 +82,7 @@ def default() -> ml_collections.ConfigDict:
     c.train.log_every = 10  # steps between lines of training metrics
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
     c.train.precision = "float32"  # of the computation: "float32", "bfloat16" or "float64"
+    c.train.compilation_cache = "~/.cache/dfs_jax"  # compiled programs kept on disk; "": nowhere
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices along the batch axis; -1: all

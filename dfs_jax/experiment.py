@@ -1,21 +1,70 @@
 """The choices of a configuration made into objects: network, objective, gradient method.
 
-Everything here is cheap and checks its values, so that a command can refuse a configuration
-before it prepares data or compiles anything. The optimizer is made in `optim.py`, the data in
-`data/`, the mesh in `sharding.py`.
+`prepare` makes all of them; it checks every value first, so that a configuration is refused
+before data are prepared or anything is compiled.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
-from dfs_jax import gradients, models
+from dfs_jax import data, gradients, models, optim, sharding
+from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
+from dfs_jax.data import pipeline
 from dfs_jax.gradients import GradientMethod
 from dfs_jax.models import MultiExit
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 
 PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+class Run(NamedTuple):
+    """The pieces of one run, made from its configuration."""
+
+    config: ml_collections.ConfigDict
+    data: data.Data
+    network: MultiExit
+    objective: Objective
+    method: GradientMethod
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[int], Any]
+    mesh: jax.sharding.Mesh
+    steps_per_epoch: float
+    total_steps: int
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Run:
+    """Check the whole configuration, then prepare its data; nothing is compiled.
+
+    With a `workdir`, refuses one that another experiment used. Raises ConfigError.
+    """
+    model = network(config, num_classes=1)
+    losses = objective(config, model.num_exits)
+    updates = method(config)
+    _check_train(config, model.num_exits)
+    optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
+    mesh = sharding.create_mesh(config)
+    pipeline.check_batch(config, mesh.size)
+    if workdir is not None:
+        workdirs.check(config, workdir)
+
+    source = data.create(config)
+    model = model.clone(num_classes=source.spec.num_classes)
+    _check_images(model, source.spec.image_shape)
+    steps_per_epoch = source.train.size / config.train.batch_size
+    total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
+    return Run(
+        config, source, model, losses, updates, optimizer, schedule, mesh, steps_per_epoch, total
+    )
 
 
 def network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
@@ -65,3 +114,29 @@ class _refusals:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, ConfigError):
             raise ConfigError(str(error)) from error
+
+
+def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
+    train = config.train
+    if (train.epochs > 0) == (train.steps > 0):
+        raise ConfigError(
+            "set exactly one of train.epochs and train.steps to a positive number, "
+            f"got {train.epochs} and {train.steps}"
+        )
+    for field in ("eval_every", "checkpoint_every", "log_every"):
+        if train[field] < (field == "log_every"):
+            raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
+    names = [f"eval/exit{i}/top1" for i in range(1, num_exits + 1)]
+    names += ["eval/mean/top1", "eval/ensemble/top1"]
+    if train.best_metric not in names:
+        raise ConfigError(
+            f"train.best_metric must be one of {', '.join(names)}, got {train.best_metric!r}"
+        )
+
+
+def _check_images(network: MultiExit, image_shape: tuple[int, int, int]) -> None:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        jax.eval_shape(network.init, jax.random.key(0), images)
+    except ValueError as error:
+        raise ConfigError(f"{error}; see data.image_size") from error

@@ -1,0 +1,139 @@
+"""What a person sees of a run: its description, progress, and the final table.
+
+Measurements of step n are fetched while step n+1 runs, so that reporting never stalls the
+device; they are checked here, since they are first on the host here.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dfs_jax import flops, metrics
+from dfs_jax.experiment import Run
+
+log = logging.getLogger(__name__)
+
+_PARAMETERS = "parameters.txt"  # of the workdir: name, shape and size of every parameter
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
+    """Tell what will be trained on what, and list the parameters in the workdir."""
+    from clu import parameter_overview
+
+    if jax.process_index() == 0:
+        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+        (directory / _PARAMETERS).write_text(overview + "\n")
+    spec = run.data.spec
+    height, width, channels = spec.image_shape
+    log.info(
+        "%s: %d training, %d validation, %d test images of %dx%dx%d, %d classes",
+        spec.name,
+        spec.train_size,
+        spec.validation_size,
+        spec.test_size,
+        height,
+        width,
+        channels,
+        spec.num_classes,
+    )
+    log.info("%s with %s", run.config.model.name, run.network.surgery)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    log.info("%s parameters, listed in %s", f"{count:,}", _PARAMETERS)
+    log.info("%s", flops.table(run.network, run.data.spec.image_shape))
+    log.info(
+        "steps %d to %d of %d images; the first one compiles",
+        start + 1,
+        run.total_steps,
+        run.config.train.batch_size,
+    )
+
+
+def final_table(run: Run, scores: Mapping[str, float]) -> str:
+    """Test accuracy and cost of every exit, and the ensemble of all of them."""
+    costs = flops.exit_costs(run.network, run.data.spec.image_shape)
+    rows = []
+    for i in range(1, run.network.num_exits + 1):
+        cost = costs.cumulative[i - 1]
+        rows.append((f"exit {i}", f"{scores[f'test/exit{i}/top1']:.2%}", f"{cost / 1e6:.3f}"))
+    rows.append(("ensemble", f"{scores['test/ensemble/top1']:.2%}", rows[-1][2]))
+    headers = ("", "test accuracy", "cost (M multiply-adds)")
+    return f"\n{metrics.format_table(rows, headers)}"
+
+
+class Reporter:
+    """Fetches the measurements of step n while step n+1 runs, checks and reports them."""
+
+    def __init__(self, run: Run, writer: metrics.MetricWriter, start: int):
+        self._run, self._writer = run, writer
+        self._progress = metrics.Progress(run.total_steps, start_step=start)
+        self._pending: tuple[int, Any] | None = None
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def step_done(self, step: int, measured: Any, waited: float) -> None:
+        """Take the device arrays of `step`, for whose batch the host waited that many seconds."""
+        self.settle()
+        self._pending = (step, measured)
+        self._waited += waited
+
+    def settle(self) -> None:
+        """Wait for the last step's measurements; raises TrainingError if one is not finite."""
+        if self._pending is None:
+            return
+        step, measured = self._pending
+        self._pending = None
+        measured = jax.device_get(measured)
+        _check_finite(step, measured)
+        self._steps += 1
+        if step % self._run.config.train.log_every == 0 or step == self._run.total_steps:
+            self._report(step, measured)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settles, and keeps what happens inside out of the throughput."""
+        self.settle()
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of an evaluation after `step`."""
+        self._writer.write(step, scores)
+        self._progress.evaluation(step, scores)
+
+    def _report(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
+        batch_size = self._run.config.train.batch_size
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        line = {"train/loss": float(measured["losses"].sum())}
+        for i, loss in enumerate(measured["losses"], 1):
+            line[f"train/exit{i}/loss"] = float(loss)
+        for i, correct in enumerate(measured["correct"], 1):
+            line[f"train/exit{i}/top1"] = float(correct) / batch_size
+        line["train/gradient_norm"] = float(measured["gradient_norm"])
+        line["train/learning_rate"] = float(self._run.schedule(step - 1))
+        line["train/images_per_second"] = self._steps * batch_size / elapsed
+        line["train/data_wait"] = self._waited / elapsed
+        self._writer.write(step, line)
+        self._progress.training(step, line)
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+
+def _check_finite(step: int, measured: Mapping[str, np.ndarray]) -> None:
+    bad = [str(i) for i, loss in enumerate(measured["losses"], 1) if not np.isfinite(loss)]
+    if bad:
+        raise TrainingError(
+            f"step {step}: the loss of exit {', '.join(bad)} is not finite; nothing of this step "
+            "was saved. A smaller optimizer.learning_rate or a warm-up is the usual cure"
+        )
+    for name in ("gradient_norm", "update_norm"):
+        if not np.isfinite(measured[name]):
+            raise TrainingError(f"step {step}: {name} is not finite; nothing of it was saved")

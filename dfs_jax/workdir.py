@@ -1,0 +1,55 @@
+"""The workdir of a run: one experiment each, told apart by the saved configuration."""
+
+import jax
+import ml_collections
+from etils import epath
+
+from dfs_jax import config as configuration
+from dfs_jax.config import ConfigError
+
+# What may change between two runs in one workdir; a change elsewhere is another experiment.
+_FREE = {
+    "data.dir",
+    "mesh",
+    "train.checkpoint_every",
+    "train.compilation_cache",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.log_every",
+}
+
+
+def check(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
+    try:
+        saved = epath.Path(workdir) / "config.json"
+        text = saved.read_text() if saved.exists() else None
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
+    if text is None:
+        return
+    try:
+        before = configuration.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--workdir: {saved} is not a saved configuration: {error}") from error
+    free = set(_FREE)
+    if config.optimizer.schedule != "cosine":  # the others do not depend on the run's length
+        free |= {"train.epochs", "train.steps"}
+    lines = configuration.differences(before, config, ignored=free)
+    if lines:
+        raise ConfigError(
+            f"--workdir: {workdir} holds another experiment; {'; '.join(lines)}. "
+            "Choose another workdir, or the saved values"
+        )
+
+
+def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
+    """Make the workdir if need be and save the configuration there; raises ConfigError."""
+    directory = epath.Path(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            (directory / "config.json").write_text(configuration.to_json(config))
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+    return directory
