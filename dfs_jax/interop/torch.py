@@ -1,0 +1,210 @@
+"""Weights from and to PyTorch: the entries of a state dict against a network's variables.
+
+Only names, layout and pieces change, never a value or its type. PyTorch itself is not needed:
+entries are numpy arrays, which `files.py` reads from files. The names are in `names.py`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dfs_jax.interop import names
+from dfs_jax.models.multi_exit import MultiExit
+
+Variables = dict[str, Any]
+
+
+class InteropError(ValueError):
+    """Weights that do not fit; the message lists every entry at fault by its name."""
+
+
+def from_state_dict(network: MultiExit, arrays: Mapping[str, Any]) -> Variables:
+    """Variables {"params": …, "batch_stats": …} of `network` with the entries of a state dict.
+
+    `arrays` maps the official repository's names to arrays in PyTorch's layout; their types
+    are kept and `num_batches_tracked` is dropped. Raises InteropError, listing all of them,
+    for entries that are missing, unknown or of another shape.
+    """
+    given = _entries(arrays)
+    tree, translation = _expected(network, given)
+    places = _places(network, tree, translation)
+    problems = _misfits(places, given)
+    if problems:
+        raise InteropError(_report(network, problems))
+    return _assembled(places, given)
+
+
+def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array) -> Variables:
+    """Variables of `network` with the weights of a backbone that was trained with one classifier.
+
+    As `from_state_dict`, but what belongs to the exits may be missing, unknown to `network` or
+    made for another number of classes; such parts get initial values drawn with `rng`. The
+    backbone itself must be complete.
+    """
+    given = _entries(arrays)
+    tree, translation = _expected(network, given)
+    places = _places(network, tree, translation)
+    problems = _misfits(places, given)
+    severe = {name: text for name, text in problems.items() if not translation.is_exit(name)}
+    if severe:
+        raise InteropError(_report(network, severe))
+    taken = {path: place for path, place in places.items() if not problems.keys() & place.names()}
+    images = jnp.zeros(_image_shape(network, translation, given))
+    fresh = traverse_util.flatten_dict(jax.jit(network.init)(rng, images), sep="/")
+    loaded = traverse_util.flatten_dict(_assembled(taken, given), sep="/")
+    merged = {path: np.asarray(loaded.get(path, value)) for path, value in fresh.items()}
+    return traverse_util.unflatten_dict(merged, sep="/")
+
+
+def to_state_dict(network: MultiExit, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `from_state_dict`: entries with the official names, in PyTorch's layout.
+
+    `variables` holds "params" and, where the network has batch norm, "batch_stats"; each may
+    be left out, and "params" may hold gradients. `num_batches_tracked` is written as 0.
+    """
+    modules = {name for tree in variables.values() for name in tree}
+    places = _places(network, variables, names.translation(network, modules))
+    result: dict[str, np.ndarray] = {}
+    for path, value in traverse_util.flatten_dict(dict(variables), sep="/").items():
+        place, value = places[path], np.asarray(value)
+        for name, start, stop in place.pieces:
+            part = value if len(place.pieces) == 1 else value[..., start:stop, :]
+            result[name] = np.array(part.transpose(place.to_torch), order="C")
+            if name.endswith(".running_mean"):
+                counter = name.removesuffix("running_mean") + "num_batches_tracked"
+                result[counter] = np.zeros((), np.int64)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where one array of the tree, of shape `shape`, is kept in a state dict.
+
+    `pieces` are (name, first input channel, last + 1), one or, for a split kernel, two.
+    """
+
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[str, int, int], ...]
+    kernel: bool
+
+    @property
+    def to_torch(self) -> tuple[int, ...]:
+        """The axes (…, in, out) of a kernel become (out, in, …); other arrays stay."""
+        axes = tuple(range(len(self.shape)))
+        return (axes[-1], axes[-2], *axes[:-2]) if self.kernel else axes
+
+    @property
+    def to_flax(self) -> tuple[int, ...]:
+        axes = tuple(range(len(self.shape)))
+        return (*axes[2:], 1, 0) if self.kernel else axes
+
+    def names(self) -> set[str]:
+        return {name for name, _, _ in self.pieces}
+
+    def torch_shape(self, start: int, stop: int) -> tuple[int, ...]:
+        shape = list(self.shape)
+        if len(self.pieces) > 1:
+            shape[-2] = stop - start
+        return tuple(shape[axis] for axis in self.to_torch)
+
+
+def _places(
+    network: MultiExit, tree: Mapping[str, Any], translation: names.Translation
+) -> dict[str, _Place]:
+    """Path in the tree, "params/a/b/kernel", to its place; `tree` holds arrays or shapes."""
+    places = {}
+    for path, value in traverse_util.flatten_dict(dict(tree), sep="/").items():
+        collection, _, inner = path.partition("/")
+        module, _, leaf = inner.rpartition("/")
+        shape, kernel = tuple(value.shape), leaf == "kernel"
+        try:
+            name = ".".join(filter(None, (translation.module(module), _leaf(collection, leaf))))
+        except KeyError:
+            raise InteropError(
+                f"{type(network).__name__} has no parameter {path!r} that PyTorch has a name for"
+            ) from None
+        channels = shape[-2] if kernel else 0
+        pieces: tuple[tuple[str, int, int], ...] = ((name, 0, channels),)
+        if "_*" in name:
+            cut = network.surgery.cut(channels)
+            pieces = (
+                (name.replace("_*", "_p"), 0, cut),
+                (name.replace("_*", "_s"), cut, channels),
+            )
+        places[path] = _Place(shape, pieces, kernel)
+    return places
+
+
+def _leaf(collection: str, leaf: str) -> str:
+    return names.LEAVES.get(collection, {}).get(leaf, leaf)
+
+
+def _entries(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(value)
+        for name, value in arrays.items()
+        if name.rpartition(".")[2] != "num_batches_tracked"
+    }
+
+
+def _image_shape(
+    network: MultiExit, translation: names.Translation, given: Mapping[str, np.ndarray]
+) -> tuple[int, int, int, int]:
+    """Shape of images for which the given entries were made, where they depend on it."""
+    shapes = {name: value.shape for name, value in given.items()}
+    side = max(translation.image_side(shapes) or 0, network.smallest_image)
+    return (1, side, side, 3)
+
+
+def _expected(
+    network: MultiExit, given: Mapping[str, np.ndarray]
+) -> tuple[Variables, names.Translation]:
+    """The shapes of the network's variables, for the images the entries were made for."""
+
+    def shapes(image_shape):
+        images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+        return jax.eval_shape(network.init, jax.random.key(0), images)
+
+    smallest = network.smallest_image
+    tree = shapes((1, smallest, smallest, 3))
+    translation = names.translation(network, tree["params"].keys())
+    image_shape = _image_shape(network, translation, given)
+    if image_shape[1] != smallest:
+        tree = shapes(image_shape)
+    return tree, translation
+
+
+def _misfits(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What is wrong with each entry that is missing, unknown or misshapen, by its name."""
+    problems, wanted = {}, set()
+    for place in places.values():
+        for name, start, stop in place.pieces:
+            shape = place.torch_shape(start, stop)
+            wanted.add(name)
+            if name not in given:
+                problems[name] = f"missing, shape {shape}"
+            elif given[name].shape != shape:
+                problems[name] = f"shape {given[name].shape}, expected {shape}"
+    return problems | {name: "unknown" for name in given if name not in wanted}
+
+
+def _report(network: MultiExit, problems: Mapping[str, str]) -> str:
+    lines = "".join(f"\n  {name}: {text}" for name, text in sorted(problems.items()))
+    return (
+        f"{len(problems)} entries do not fit {type(network).__name__} with "
+        f"{network.num_classes} classes and beta {network.surgery.beta}:{lines}"
+    )
+
+
+def _assembled(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> Variables:
+    flat = {}
+    for path, place in places.items():
+        parts = [given[name].transpose(place.to_flax) for name, _, _ in place.pieces]
+        value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+        flat[path] = np.array(value, order="C")
+    return traverse_util.unflatten_dict(flat, sep="/")
