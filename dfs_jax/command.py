@@ -75,6 +75,20 @@ def run(
     return 0
 
 
+def saved_config(workdir: str) -> ml_collections.ConfigDict:
+    """The configuration that a run saved in `workdir`, for commands that read a trained run.
+
+    Raises ConfigError if there is none.
+    """
+    from dfs_jax import workdir as workdirs
+
+    config = workdirs.load(workdir)
+    if config is None:
+        raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
+    _configure_jax(config)
+    return config
+
+
 def _configure_jax(config: ml_collections.ConfigDict) -> None:
     import jax
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from etils import epath
 
 from dfs_jax import checkpoint, evaluate, experiment, metrics, report, sharding
 from dfs_jax import workdir as workdirs
@@ -163,6 +164,29 @@ def restore_or_initialise(run: Run, saver: checkpoint.Checkpointer) -> TrainStat
         log.info("going on from the checkpoint of step %d", restored.step)
         return restored.state
     return initial_state(run)
+
+
+def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainState]:
+    """Step and state of the checkpoint "latest", "best" or a number of a trained `workdir`.
+
+    Nothing there is changed. Raises ConfigError if there is no such checkpoint.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    if not directory.exists():
+        raise ConfigError(f"--workdir: {workdir} holds no checkpoint")
+    with checkpoint.Checkpointer(
+        directory, best_metric=run.config.train.best_metric, read_only=True
+    ) as saver:
+        if which not in ("latest", "best") and not which.isdecimal():
+            raise ConfigError(f"--step must be latest, best or a number, got {which!r}")
+        step = {"latest": None, "best": saver.best_step()}.get(which, which)
+        if step is not None and int(step) not in saver.all_steps():
+            steps = ", ".join(map(str, saver.all_steps()))
+            raise ConfigError(f"--step: {workdir} has no checkpoint of step {step}; it has {steps}")
+        restored = saver.restore(abstract_state(run), step=None if step is None else int(step))
+    if restored is None:
+        raise ConfigError(f"--workdir: {workdir} holds no checkpoint")
+    return restored.step, restored.state
 
 
 def initial_state(run: Run) -> TrainState:

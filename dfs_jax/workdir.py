@@ -19,19 +19,26 @@ _FREE = {
 }
 
 
-def check(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
+def load(workdir: str) -> ml_collections.ConfigDict | None:
+    """The configuration saved in `workdir`, or None if there is none; raises ConfigError."""
+    saved = epath.Path(workdir) / "config.json"
     try:
-        saved = epath.Path(workdir) / "config.json"
         text = saved.read_text() if saved.exists() else None
     except OSError as error:
         raise ConfigError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
     if text is None:
-        return
+        return None
     try:
-        before = configuration.from_json(text)
+        return configuration.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--workdir: {saved} is not a saved configuration: {error}") from error
+
+
+def check(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
+    before = load(workdir)
+    if before is None:
+        return
     free = set(_FREE)
     if config.optimizer.schedule != "cosine":  # the others do not depend on the run's length
         free |= {"train.epochs", "train.steps"}
@@ -49,7 +56,10 @@ def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            (directory / "config.json").write_text(configuration.to_json(config))
+            # Renamed into place, so that a kill in between leaves a whole file or none.
+            unfinished = directory / "config.json.tmp"
+            unfinished.write_text(configuration.to_json(config))
+            unfinished.replace(directory / "config.json")
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     return directory
