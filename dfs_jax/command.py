@@ -54,8 +54,8 @@ def run(
     for variable, quiet in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):
         os.environ.setdefault(variable, quiet)  # TensorFlow only reads and writes files here
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "orbax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy, level in (("jax", logging.WARNING), ("absl", logging.ERROR)):  # absl: Orbax, clu
+        logging.getLogger(noisy).setLevel(level)
     try:
         config = None
         if getattr(arguments, "config", None) is not None:

@@ -75,8 +75,8 @@ def _evaluate_workdir(arguments: Any) -> None:
     count = counter(run.network, sharding.replicated(run.mesh))
     counts = evaluate(count, state.variables, source, sharding.batch(run.mesh))
     print(f"{arguments.split} split, {int(counts.count)} images, checkpoint of step {step}")
-    scores = metrics.summarise(counts, "test")
-    print(report.final_table(run, scores), flush=True)
+    scores = metrics.summarise(counts, arguments.split)
+    print(report.final_table(run, scores, arguments.split), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,15 +58,15 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
     )
 
 
-def final_table(run: Run, scores: Mapping[str, float]) -> str:
-    """Test accuracy and cost of every exit, and the ensemble of all of them."""
+def final_table(run: Run, scores: Mapping[str, float], split: str = "test") -> str:
+    """Accuracy on `split` and cost of every exit, and the ensemble of all of them."""
     costs = flops.exit_costs(run.network, run.data.spec.image_shape)
     rows = []
     for i in range(1, run.network.num_exits + 1):
         cost = costs.cumulative[i - 1]
-        rows.append((f"exit {i}", f"{scores[f'test/exit{i}/top1']:.2%}", f"{cost / 1e6:.3f}"))
-    rows.append(("ensemble", f"{scores['test/ensemble/top1']:.2%}", rows[-1][2]))
-    headers = ("", "test accuracy", "cost (M multiply-adds)")
+        rows.append((f"exit {i}", f"{scores[f'{split}/exit{i}/top1']:.2%}", f"{cost / 1e6:.3f}"))
+    rows.append(("ensemble", f"{scores[f'{split}/ensemble/top1']:.2%}", rows[-1][2]))
+    headers = ("", f"{split} accuracy", "cost (M multiply-adds)")
     return f"\n{metrics.format_table(rows, headers)}"
 
 
