@@ -14,7 +14,7 @@ from dfs_jax.surgery import Surgery
 # Name: side of the images it is made for, exits.
 PUBLISHED = {
     "msdnet_cifar100": (32, 7),
-    "msdnet_digits": (16, 4),
+    "msdnet_digits": (8, 4),
     "msdnet_imagenet": (224, 5),
     "resnet18_cifar100": (32, 4),
     "resnet34_cifar100": (32, 4),
