@@ -47,6 +47,7 @@ class VGG(MultiExit):
                 Dense(self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init)
             )
         self.convs, self.heads = convs, heads
+        self.dropout = nn.Dropout(self.dropout_rate)
         self.norms = [BatchNorm(dtype=self.dtype) for _ in widths]
         if self.adapters:
             self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
@@ -79,7 +80,9 @@ class VGG(MultiExit):
         return (seen, uncut) if self.adapters or cut_away else (seen,)
 
     def head(self, i: int, exit_input: Any, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        logits = self.heads[i](global_average_pool(exit_input[0]))
+        pooled = global_average_pool(exit_input[0])
+        kept = jax.tree.map(lambda x: self.dropout(x, deterministic=not train), pooled)
+        logits = self.heads[i](kept)
         feature = plain(exit_input[-1])
         if self.adapters and i == self.num_exits - 1:
             feature = _channels_first(feature)
