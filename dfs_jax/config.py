@@ -81,11 +81,16 @@ def default() -> ml_collections.ConfigDict:
     c.train.checkpoint_every = 0  # steps between checkpoints; 0: once per epoch
     c.train.log_every = 10  # steps between lines of training metrics
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
+    c.train.accumulation = 1  # microbatches per update; batch statistics are each one's own
+    c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
+    c.train.ema = 0.0  # decay of the averaged parameters that are evaluated; 0: none
+    c.train.checkpoint_minutes = 0.0  # also save when so many minutes have passed; 0: off
     c.train.precision = "float32"  # of the computation: "float32", "bfloat16" or "float64"
     c.train.compilation_cache = "~/.cache/dfs_jax"  # compiled programs kept on disk; "": nowhere
 
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # devices along the batch axis; -1: all
+    c.mesh.data = -1  # devices that cut the batch only; -1: all that are left
+    c.mesh.fsdp = 1  # devices that also spread parameters and optimizer state among them
     return c.lock()
 
 
@@ -224,7 +229,12 @@ def _merge(c: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(c.get(key), ml_collections.ConfigDict):
             _merge(c[key], value)
         elif value is not None:
-            c[key] = tuple(value) if isinstance(value, list) else value
+            c[key] = _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists, at any depth, as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _get_config(file: str, preset: str | None) -> ml_collections.ConfigDict:
@@ -240,8 +250,11 @@ def _get_config(file: str, preset: str | None) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config: {file!r} has no function get_config(preset)")
     try:
         return module.get_config(preset)
-    except (AttributeError, KeyError) as error:  # a misspelt field inside the file
-        raise ConfigError(f"{file}: {error.args[0] if error.args else error}") from error
+    except (AttributeError, KeyError, TypeError) as error:  # a wrong field or type in the file
+        # ml_collections quotes its own message once more, which escapes its line break.
+        reason = str(error.args[0] if error.args else error)
+        reason = reason.replace("\\n", "; ").replace("\\", "")
+        raise ConfigError(f"{file}: {reason}") from error
 
 
 def _split(item: str) -> tuple[str, str]:
@@ -264,7 +277,12 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
     if isinstance(node[leaf], ml_collections.ConfigDict):
         raise ConfigError(f"config.{path} is a section; its fields: {_listed(node[leaf])}")
     try:
-        node[leaf] = _parse(text, node.get_type(leaf))
+        value = _parse(text, node.get_type(leaf))
+        # Only placeholders, which ml_collections keeps as references, can be None.
+        fields = dict(node.items(preserve_field_references=True))
+        if value is None and not isinstance(fields[leaf], config_dict.FieldReference):
+            raise ValueError(text)
+        node[leaf] = value
     except (TypeError, ValueError):
         kind = node.get_type(leaf).__name__
         raise ConfigError(f"config.{path}: {text!r} is not a value of type {kind}") from None

@@ -14,6 +14,7 @@ losses become one update is the business of `gradients/`.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -56,8 +57,8 @@ class Objective:
 
     def __post_init__(self):
         _require(
-            all(w >= 0 for w in self.exit_weights),
-            f"objective.exit_weights must not be negative, got {self.exit_weights}",
+            all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.exit_weights),
+            f"objective.exit_weights must be numbers of 0 or more, got {self.exit_weights}",
         )
         _require(
             0 <= self.label_smoothing < 1,
