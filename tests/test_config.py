@@ -178,10 +178,13 @@ def test_what_is_no_configuration_file_is_refused(tmp_path):
 @pytest.fixture
 def preset():
     """Applies a preset of two networks, a and b, and two methods, m and n."""
-    words = {name: (lambda name: lambda c: c.append(name))(name) for name in "abmn"}
+
+    def append(name):
+        return lambda c: c.append(name)
+
     kinds = {
-        "networks": {name: words[name] for name in "ab"},
-        "methods": {name: words[name] for name in "mn"},
+        "networks": {name: append(name) for name in "ab"},
+        "methods": {name: append(name) for name in "mn"},
     }
     return lambda text: config.apply_preset([], text, **kinds)
 
