@@ -66,25 +66,20 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays as `.npz` or `.safetensors`. Raises InteropError for other kinds.
+    """Writes named arrays as `.npz` or `.safetensors`.
 
-    `.npz` cannot hold bfloat16; it is refused there.
+    Raises InteropError for other kinds, for a place that cannot be written to, and for types
+    that the kind cannot hold (`.npz`: bfloat16).
     """
     path = epath.Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    if path.suffix == ".safetensors":
-        _write_safetensors(path, arrays)
-    elif path.suffix == ".npz":
-        strange = sorted(n for n, v in arrays.items() if v.dtype.kind not in "biuf")
-        if strange:
-            raise InteropError(
-                f"{path}: .npz cannot hold {strange[0]} of type {arrays[strange[0]].dtype}; "
-                "use .safetensors"
-            )
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-    else:
+    write = {".npz": _write_npz, ".safetensors": _write_safetensors}.get(path.suffix)
+    if write is None:
         raise InteropError(f"{path}: weights are written as .npz or .safetensors")
+    try:
+        write(path, arrays)
+    except OSError as error:
+        raise InteropError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def unwrap(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
@@ -119,6 +114,16 @@ def _read_npz(path: epath.Path) -> dict[str, np.ndarray]:
             return dict(archive)
     except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InteropError(f"{path} is not an undamaged .npz file of plain arrays") from error
+
+
+def _write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, value in sorted(arrays.items()):
+        if value.dtype.kind not in "biuf":
+            raise InteropError(
+                f"{path}: .npz cannot hold {name} of type {value.dtype}; use .safetensors"
+            )
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:

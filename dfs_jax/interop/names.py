@@ -36,12 +36,16 @@ class Translation:
         channels, as surgery cuts them.
       exits: pattern of the PyTorch names that belong to exits, which a checkpoint of the
         backbone alone lacks or has for other classes.
+      stem: the kernel that reads the images, (out, image channels, …).
+      head: the kernel of the deepest exit, (classes, in).
       image_side: side of the images, in pixels, for which the entries have the given shapes;
         None where no shape depends on it.
     """
 
     rules: tuple[Rule, ...]
     exits: str
+    stem: str
+    head: str
     image_side: Callable[[Shapes], int | None] = lambda shapes: None
 
     def module(self, path: str) -> str:
@@ -88,6 +92,8 @@ def _vgg(network: VGG, modules: Collection[str]) -> Translation:
             (r"^adapter_layers_(\d+)/dense$", r"adaptation_layers.\1.2"),
         ),
         exits=r"(classifers|adaptation_layers)\.",
+        stem="feature_extractors.0.0.weight",
+        head=f"classifers.{network.num_exits - 1}.fc_p.weight",
         image_side=image_side,
     )
 
@@ -123,11 +129,13 @@ def _msdnet(network: MSDNet, modules: Collection[str]) -> Translation:
             (r"(/reduce)?/bn$", ".1"),
         ),
         exits=r"(classifier|adaptation_layer)\.",
+        stem=f"{first}.0.weight",
+        head=f"classifier.{network.num_exits - 1}.linear.1.weight",
     )
 
 
 def _resnet(network: ResNet, modules: Collection[str]) -> Translation:
-    del network, modules
+    del modules
     # By their places; 3 is a ReLU.
     separable = ("depthwise1", "pointwise1", "bn1", None, "depthwise2", "pointwise2", "bn2")
 
@@ -149,6 +157,8 @@ def _resnet(network: ResNet, modules: Collection[str]) -> Translation:
             (r"op/(\w+)$", lambda m: f"op.{separable.index(m[1])}"),
         ),
         exits=r"(attention|scala|fc|adaptation_layer)\d*\.",
+        stem="conv1.weight",
+        head=f"fc{network.num_exits}.weight",
     )
 
 
@@ -174,6 +184,8 @@ def _vit(network: ViT, modules: Collection[str]) -> Translation:
             (r"^adapter_layers_(\d+)$", r"adaptation_layer.\1"),
         ),
         exits=r"(exits|head|adaptation_layer)\.",
+        stem="patch_embed.proj.weight",
+        head="head.weight",
         image_side=image_side,
     )
 

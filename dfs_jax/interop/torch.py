@@ -6,7 +6,7 @@ entries are numpy arrays, which `files.py` reads from files. The names are in `n
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,10 @@ def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array)
         raise InteropError(_report(network, severe))
     taken = {path: place for path, place in places.items() if not problems.keys() & place.names()}
     images = jnp.zeros(_image_shape(network, translation, given))
-    fresh = traverse_util.flatten_dict(jax.jit(network.init)(rng, images), sep="/")
+    # Many small random draws that run once: compiling them well would take longer.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    initial = jax.jit(network.init, compiler_options=quick)(rng, images)
+    fresh = traverse_util.flatten_dict(initial, sep="/")
     loaded = traverse_util.flatten_dict(_assembled(taken, given), sep="/")
     merged = {path: np.asarray(loaded.get(path, value)) for path, value in fresh.items()}
     return traverse_util.unflatten_dict(merged, sep="/")
@@ -79,6 +82,23 @@ def to_state_dict(network: MultiExit, variables: Mapping[str, Any]) -> dict[str,
                 counter = name.removesuffix("running_mean") + "num_batches_tracked"
                 result[counter] = np.zeros((), np.int64)
     return result
+
+
+class Made(NamedTuple):
+    """What a state dict tells about the network it was made for."""
+
+    num_classes: int | None  # of the deepest exit; None where it has no such entry
+    image_shape: tuple[int, int, int]  # (H, W, C), the smallest that leads to these shapes
+
+
+def made_for(network: MultiExit, arrays: Mapping[str, Any]) -> Made:
+    """Number of classes and shape of images, for entries of a network like `network`."""
+    given = _entries(arrays)
+    tree = _shapes(network, _smallest(network))
+    translation = names.translation(network, tree["params"].keys())
+    head = given.get(translation.head)
+    classes = head.shape[0] if head is not None and head.ndim else None
+    return Made(classes, _image_shape(network, translation, given)[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,28 +175,32 @@ def _entries(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _image_shape(
     network: MultiExit, translation: names.Translation, given: Mapping[str, np.ndarray]
 ) -> tuple[int, int, int, int]:
-    """Shape of images for which the given entries were made, where they depend on it."""
+    """Shape of images (1, H, W, C) for which the given entries were made, as far as it shows."""
     shapes = {name: value.shape for name, value in given.items()}
     side = max(translation.image_side(shapes) or 0, network.smallest_image)
-    return (1, side, side, 3)
+    stem = shapes.get(translation.stem, ())
+    return (1, side, side, stem[1] if len(stem) == 4 and stem[1] else 3)
 
 
 def _expected(
     network: MultiExit, given: Mapping[str, np.ndarray]
 ) -> tuple[Variables, names.Translation]:
     """The shapes of the network's variables, for the images the entries were made for."""
-
-    def shapes(image_shape):
-        images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-        return jax.eval_shape(network.init, jax.random.key(0), images)
-
-    smallest = network.smallest_image
-    tree = shapes((1, smallest, smallest, 3))
+    tree = _shapes(network, _smallest(network))
     translation = names.translation(network, tree["params"].keys())
     image_shape = _image_shape(network, translation, given)
-    if image_shape[1] != smallest:
-        tree = shapes(image_shape)
+    if image_shape != _smallest(network):
+        tree = _shapes(network, image_shape)
     return tree, translation
+
+
+def _smallest(network: MultiExit) -> tuple[int, int, int, int]:
+    return (1, network.smallest_image, network.smallest_image, 3)
+
+
+def _shapes(network: MultiExit, image_shape: tuple[int, ...]) -> Variables:
+    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), images)
 
 
 def _misfits(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> dict[str, str]:

@@ -1,0 +1,194 @@
+"""PyTorch weights into a workdir, and a workdir's weights out for PyTorch.
+
+    python -m dfs_jax.interop --network NAME --weights FILE --workdir DIR
+    python -m dfs_jax.interop --workdir DIR --export FILE
+
+FILE is .npz or .safetensors, or .pth for reading where PyTorch is installed. The first form
+makes DIR look like a run of 0 steps, which `dfs_jax.evaluate` reads as it does any other.
+The number of classes and the size of the images are taken from the weights. With
+`--config FILE[:preset]` everything that the weights do not say comes from there.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from dfs_jax import command
+from dfs_jax import config as configuration
+from dfs_jax.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the command with arguments `argv`."""
+    parser = command.parser(__doc__)
+    command.add_workdir(parser)
+    command.add_config(parser, required=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", metavar="FILE", help="weights to put into the workdir")
+    what.add_argument("--export", metavar="FILE", help="where to write the workdir's weights")
+
+    load = parser.add_argument_group("with --weights")
+    load.add_argument("--network", metavar="NAME", help="one of dfs_jax.models.names()")
+    load.add_argument("--num-classes", type=int, metavar="N", help="default: as the weights say")
+    load.add_argument("--data", metavar="NAME", help="default: by the name of the network")
+    load.add_argument("--beta", type=float, help="where surgery cuts, and VGG's kernels")
+    load.add_argument("--exit-gradient", choices=("own", "all"))
+    load.add_argument("--no-partition", action="store_true", help="a network without surgery")
+    load.add_argument("--no-referencing", action="store_true", help="partition alone")
+    load.add_argument("--adapters", action="store_true", help="weights of adapters are there")
+    load.add_argument(
+        "--backbone",
+        action="store_true",
+        help="the weights lack the exits, or have others: those start from initial values",
+    )
+    save = parser.add_argument_group("with --export")
+    save.add_argument("--step", default="latest", metavar="latest|best|N", help="checkpoint")
+    return command.run(parser, argv, _run)
+
+
+def _run(arguments: argparse.Namespace, config: ml_collections.ConfigDict | None) -> None:
+    from dfs_jax.interop.torch import InteropError
+
+    try:
+        if arguments.export:
+            _export(arguments)
+        else:
+            _load(arguments, config)
+    except InteropError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | None) -> None:
+    """Write the weights as the checkpoint of step 0 of a new workdir."""
+    import jax
+
+    from dfs_jax import checkpoint, experiment
+    from dfs_jax import workdir as workdirs
+    from dfs_jax.interop import files, torch
+
+    config = _configuration(arguments, config)
+    if workdirs.load(arguments.workdir) is not None:
+        raise ConfigError(f"--workdir: {arguments.workdir} holds a run; choose a new one")
+    arrays = files.read_weights(arguments.weights)
+    made = torch.made_for(experiment.network(config, num_classes=1), arrays)
+    if arguments.backbone and arguments.num_classes is None:
+        raise ConfigError("--backbone needs --num-classes: the exits will be new ones")
+    # Without its last exit a file is refused below, and the exit named.
+    num_classes = arguments.num_classes or made.num_classes or 1
+    network = experiment.network(config, num_classes)
+    if arguments.backbone:
+        variables = torch.from_backbone(network, arrays, jax.random.key(config.seed))
+    else:
+        variables = torch.from_state_dict(network, arrays)
+    state = _first_state(config, network, made.image_shape, variables)
+    directory = workdirs.create(config, arguments.workdir)
+    with checkpoint.Checkpointer(directory / "checkpoints", best_metric=None) as saver:
+        saver.save(0, state, {"step": 0}, {})
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    print(
+        f"{config.model.name} with {num_classes} classes, {count:,} parameters, "
+        f"as the checkpoint of step 0 in {arguments.workdir}"
+    )
+
+
+def _configuration(
+    arguments: argparse.Namespace, config: ml_collections.ConfigDict | None
+) -> ml_collections.ConfigDict:
+    """The given configuration, or the default one, with the flags applied."""
+    if arguments.network is None and config is None:
+        raise ConfigError("--weights needs --network NAME, or --config FILE[:preset]")
+    fresh = config is None
+    config = configuration.default() if fresh else config
+    if arguments.network is not None and (fresh or arguments.network != config.model.name):
+        configuration.set_network(config, arguments.network)
+    if arguments.adapters:
+        config.model.options.adapters = True
+    if arguments.beta is not None:
+        config.surgery.beta = arguments.beta
+    if arguments.exit_gradient is not None:
+        config.surgery.exit_gradient = arguments.exit_gradient
+    config.surgery.partition &= not arguments.no_partition
+    config.surgery.referencing &= not arguments.no_referencing
+    if fresh or arguments.data:
+        config.data.name = _data_for(arguments)
+    if config.train.steps == 0 and config.train.epochs == 0:
+        config.train.steps = 1  # a configuration needs a length, though nothing was trained
+    return config
+
+
+def _data_for(arguments: argparse.Namespace) -> str:
+    """`--data`, or what the network's name ends in: "vgg7_cifar100" is for "cifar100"."""
+    from dfs_jax import data
+
+    word = arguments.data or arguments.network.rsplit("_", 1)[-1]
+    for name in data.names():
+        if name == word or (name.startswith(word) and not arguments.data):
+            return name
+    known = ", ".join(data.names())
+    if arguments.data:
+        raise ConfigError(f"--data: there is no data set {word!r}; known: {known}")
+    raise ConfigError(f"--data: {arguments.network} does not say what it is for; known: {known}")
+
+
+def _first_state(
+    config: ml_collections.ConfigDict,
+    network: Any,
+    image_shape: tuple[int, int, int],
+    variables: Mapping[str, Any],
+) -> Any:
+    """The state of a run of `config` before its first step, but for its weights.
+
+    Needs no data: all that a state depends on is the shape of the images.
+    """
+    import jax
+    import numpy as np
+
+    from dfs_jax import data, experiment, optim, sharding, train
+    from dfs_jax.data.pipeline import Spec
+
+    optimizer, schedule = optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
+    spec = Spec(config.data.name, image_shape, network.num_classes, (), 0, 0, 0)
+    state = train.initial_state(
+        experiment.Run(
+            config,
+            data.Data(train=None, validation=None, test=None, spec=spec),
+            network,
+            experiment.objective(config, network.num_exits),
+            experiment.method(config),
+            optimizer,
+            schedule,
+            sharding.create_mesh(config),
+            steps_per_epoch=1.0,
+            total_steps=1,
+        )
+    )
+
+    def placed(value, like):
+        return jax.device_put(np.asarray(value).astype(like.dtype), like.sharding)
+
+    return state.replace(
+        params=jax.tree.map(placed, variables["params"], state.params),
+        batch_stats=jax.tree.map(placed, variables.get("batch_stats", {}), state.batch_stats),
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """Write the weights of a run's checkpoint, those that evaluation uses, to a file."""
+    import jax
+
+    from dfs_jax import experiment, train
+    from dfs_jax.interop import files, torch
+
+    config = command.saved_config(arguments.workdir)
+    run = experiment.prepare(config)  # the data say how many classes there are
+    step, state = train.restore(run, arguments.workdir, arguments.step)
+    entries = torch.to_state_dict(run.network, jax.device_get(state.variables))
+    files.write_weights(arguments.export, entries)
+    print(f"{len(entries)} entries of the checkpoint of step {step} in {arguments.export}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
