@@ -20,6 +20,11 @@ from dfs_jax.early_exit import confidence as scores
 NEVER = 1e8  # nobody leaves here
 ALWAYS = -1e8  # the threshold of the deepest exit
 
+# Each image count of an exit over that of the exit before: the published protocol's 40 budgets,
+# and a finer range up to both ends, everybody at the first exit and everybody at the last.
+PROTOCOL = tuple(p / 20 for p in range(1, 41))
+FINE = (0.0, *np.geomspace(1 / 50, 50, 200).tolist(), math.inf)
+
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
@@ -78,3 +83,125 @@ def choose(confidences: np.ndarray, values: np.ndarray | Sequence[float]) -> np.
     for k in reversed(range(num_exits - 1)):
         exits[confidences[k] >= values[..., k, None]] = k
     return exits
+
+
+class Outcome(NamedTuple):
+    """What P settings of thresholds do on B images."""
+
+    leaving: np.ndarray  # (P, N) images that leave at each exit
+    cost: np.ndarray  # (P,) per image, in the unit of the exits' costs
+    top1: np.ndarray  # (P,) share of right answers, in [0, 1]
+    top5: np.ndarray | None  # (P,) likewise; None where it was not asked for
+
+
+def outcome(
+    confidences: np.ndarray,
+    values: np.ndarray,
+    costs: Sequence[float],
+    correct: np.ndarray,
+    correct5: np.ndarray | None = None,
+) -> Outcome:
+    """What the thresholds `values` (P, N) do on images with `confidences` (N, B).
+
+    Args:
+      costs: (N,) of an image that leaves at each exit.
+      correct: (N, B) bool, whether each exit's answer is right; `correct5` among its first five.
+    """
+    exits = choose(confidences, values)
+    if not exits.shape[-1]:
+        raise ValueError("there are no images")
+    images = np.arange(exits.shape[-1])
+    leaving = np.stack([np.sum(exits == k, axis=-1) for k in range(len(costs))], axis=-1)
+    return Outcome(
+        leaving=leaving,
+        cost=leaving @ np.asarray(costs, np.float64) / len(images),
+        top1=correct[exits, images].mean(axis=-1),
+        top5=None if correct5 is None else correct5[exits, images].mean(axis=-1),
+    )
+
+
+def quotas(size: int, num_exits: int, ratios: Sequence[float] = PROTOCOL) -> np.ndarray:
+    """How many (P, N) of `size` images should leave at each exit, one row per ratio.
+
+    Exit k = 1..N gets floor(size * q^k / (q + ... + q^N)): shares that grow by the factor q from
+    exit to exit, as in the budgeted batch evaluation of Huang et al., Multi-Scale Dense
+    Networks, ICLR 2018. Ratio 0 sends everybody to the first exit, infinity to the last.
+    """
+    k = np.arange(num_exits)
+    # Powers of at most 1, so that no ratio overflows; the factor between the two cancels.
+    weights = np.array([q**k if q <= 1 else (1 / q) ** k[::-1] for q in map(float, ratios)])
+    return np.floor(size * weights / weights.sum(axis=1, keepdims=True)).astype(np.int64)
+
+
+def fit(confidences: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    """Thresholds (P, N) at which about `quotas` (P, N) of the images leave at each exit.
+
+    T_k is the confidence of the m-th surest image at exit k among those that have not left
+    yet, m the quota; every image with at least that confidence leaves, so more than m where
+    confidences tie. `NEVER` where m is 0, or greater than the number of images left.
+
+    Args:
+      confidences: (N, n) of held-out images; those that are NaN are never counted.
+    """
+    num_exits, size = confidences.shape
+    values = np.full((len(quotas), num_exits), NEVER)
+    values[:, -1] = ALWAYS
+    waiting = np.ones((len(quotas), size), bool)
+    for k in range(num_exits - 1):
+        order = np.argsort(-confidences[k])  # NaN comes last
+        ranked = confidences[k][order]
+        rank = np.cumsum(waiting[:, order] & ~np.isnan(ranked), axis=1, dtype=np.int32)
+        wanted = quotas[:, k, None]
+        place = np.argmax(rank >= wanted, axis=1)  # of the m-th waiting image
+        found = (quotas[:, k] > 0) & (rank[:, -1] >= quotas[:, k])
+        values[found, k] = ranked[place[found]]
+        waiting &= ~(confidences[k] >= values[:, k, None])
+    return values
+
+
+def family(
+    confidence: str, confidences: np.ndarray, correct: np.ndarray, costs: Sequence[float]
+) -> tuple[Thresholds, ...]:
+    """Thresholds worth choosing, from cheap to costly, each more accurate than those before.
+
+    Fitted to the `FINE` range of quotas; expected costs and accuracies are those on the same
+    images, the accuracies therefore slightly hopeful. Arguments as in `outcome`.
+    """
+    values = fit(confidences, quotas(confidences.shape[1], len(confidences), FINE))
+    measured = outcome(confidences, values, costs, correct)
+    chosen: list[Thresholds] = []
+    for p in np.lexsort((-measured.top1, measured.cost)):
+        cost, accuracy = float(measured.cost[p]), float(measured.top1[p])
+        if not chosen or accuracy > chosen[-1].expected_accuracy:
+            chosen.append(
+                Thresholds(confidence, tuple(values[p]), cost, accuracy, f"cost {cost:.6g}")
+            )
+    return tuple(chosen)
+
+
+def within(candidates: Sequence[Thresholds], cost: float) -> Thresholds:
+    """The most accurate of `candidates` whose expected cost is at most `cost`.
+
+    Raises ValueError, naming the smallest cost there is, if all are dearer.
+    """
+    affordable = [t for t in candidates if t.expected_cost <= cost]
+    if not affordable:
+        least = min(t.expected_cost for t in candidates)
+        raise ValueError(
+            f"no image is answered for a cost of {cost:.6g}; the first exit costs {least:.6g}"
+        )
+    best = max(affordable, key=lambda t: (t.expected_accuracy, -t.expected_cost))
+    return dataclasses.replace(best, fitted_for=f"a cost of at most {cost:.6g} per image")
+
+
+def reaching(candidates: Sequence[Thresholds], accuracy: float) -> Thresholds:
+    """The cheapest of `candidates` whose expected accuracy is at least `accuracy`, in [0, 1].
+
+    Raises ValueError, naming the highest accuracy there is, if none is that accurate.
+    """
+    good = [t for t in candidates if t.expected_accuracy >= accuracy]
+    if not good:
+        most = max(t.expected_accuracy for t in candidates)
+        raise ValueError(f"no thresholds reach an accuracy of {accuracy:g}; the best is {most:.4f}")
+    cheapest = min(good, key=lambda t: t.expected_cost)
+    return dataclasses.replace(cheapest, fitted_for=f"an accuracy of at least {accuracy:g}")
