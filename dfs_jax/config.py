@@ -83,7 +83,7 @@ def default() -> ml_collections.ConfigDict:
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
     c.train.accumulation = 1  # microbatches per update; batch statistics are each one's own
     c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
-    c.train.ema = 0.0  # decay of the averaged parameters that are evaluated; 0: none
+    c.train.ema = 0.0  # decay of averaged parameters and statistics, then evaluated; 0: none
     c.train.checkpoint_minutes = 0.0  # also save when so many minutes have passed; 0: off
     c.train.precision = "float32"  # of the computation: "float32", "bfloat16" or "float64"
     c.train.compilation_cache = "~/.cache/dfs_jax"  # compiled programs kept on disk; "": nowhere

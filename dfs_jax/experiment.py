@@ -53,6 +53,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
     optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     mesh = sharding.create_mesh(config)
     pipeline.check_batch(config, mesh.size)
+    _check_accumulation(config, mesh.size)
     if workdir is not None:
         workdirs.check(config, workdir)
 
@@ -76,13 +77,14 @@ def network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
         )
     options = config.model.options.to_dict()
     with _refusals():
-        return models.create_model(
+        model = models.create_model(
             config.model.name,
             num_classes=num_classes,
             surgery=Surgery(**config.surgery.to_dict()),
             dtype=np.dtype(_dtype(config.train.precision)),
             **options,
         )
+    return model.clone(rematerialise=config.train.rematerialise)
 
 
 def objective(config: ml_collections.ConfigDict, num_exits: int) -> Objective:
@@ -126,11 +128,26 @@ def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
     for field in ("eval_every", "checkpoint_every", "log_every"):
         if train[field] < (field == "log_every"):
             raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
+    if not 0 <= train.ema < 1:
+        raise ConfigError(f"train.ema must lie in [0, 1), got {train.ema}")
+    if not train.checkpoint_minutes >= 0:
+        raise ConfigError(
+            f"train.checkpoint_minutes must be 0 or more, got {train.checkpoint_minutes}"
+        )
     names = [f"eval/exit{i}/top1" for i in range(1, num_exits + 1)]
     names += ["eval/mean/top1", "eval/ensemble/top1"]
     if train.best_metric not in names:
         raise ConfigError(
             f"train.best_metric must be one of {', '.join(names)}, got {train.best_metric!r}"
+        )
+
+
+def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None:
+    count, batch_size = config.train.accumulation, config.train.batch_size
+    if count < 1 or batch_size % (count * devices):
+        raise ConfigError(
+            f"train.accumulation = {count} does not cut train.batch_size {batch_size} into equal "
+            f"microbatches for {devices} devices"
         )
 
 

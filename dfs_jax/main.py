@@ -14,10 +14,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser(__doc__)
     command.add_config(parser)
     command.add_workdir(parser)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where the processes meet")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of this run")
+    parser.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
     def run(arguments, config):
-        from dfs_jax import train
+        from dfs_jax import sharding, train
 
+        sharding.start_processes(
+            arguments.coordinator, arguments.num_processes, arguments.process_id
+        )
         train.train_and_evaluate(config, arguments.workdir)
 
     return command.run(parser, argv, run)

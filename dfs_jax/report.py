@@ -49,6 +49,8 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
     log.info("%s with %s", run.config.model.name, run.network.surgery)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     log.info("%s parameters, listed in %s", f"{count:,}", _PARAMETERS)
+    if run.config.train.ema:
+        log.info("evaluated are averaged weights (decay %s)", run.config.train.ema)
     log.info("%s", flops.table(run.network, run.data.spec.image_shape))
     log.info(
         "steps %d to %d of %d images; the first one compiles",

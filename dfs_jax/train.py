@@ -39,11 +39,13 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     method_state: Any
-    ema: Any  # averaged parameters, or None
+    ema: Any  # averaged parameters and statistics, as `variables`; or None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the network is applied to."""
+        """What is evaluated: the averages where they are kept."""
+        if self.ema is not None:
+            return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -117,36 +119,71 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
     """The compiled update (state, batch) -> (state, measurements); the state is donated.
 
     Measurements are device arrays: `losses` (N,), `correct` (N,) examples, `gradient_norm` and
-    `update_norm` ().
+    `update_norm` (). With `train.accumulation` the method sees one microbatch after the other,
+    each with its own batch statistics, surgery and dropout, and the gradients are averaged.
     """
-    network, objective, method, optimizer = run.network, run.objective, run.method, run.optimizer
-    seed = run.config.seed
+    config, optimizer = run.config, run.optimizer
 
-    def step(state: TrainState, batch):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    def gradients(state, batch, rng):
         dropout_rng, method_rng = jax.random.split(rng)
-        problem = Problem(network, objective, batch, state.batch_stats, dropout_rng)
-        gradients, aux, method_state = method.apply(
+        problem = Problem(run.network, run.objective, batch, state.batch_stats, dropout_rng)
+        result, aux, method_state = run.method.apply(
             problem, state.params, state.method_state, method_rng
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        correct = jnp.stack([_correct(z, batch["label"]) for z in aux.logits])
+        state = state.replace(batch_stats=aux.batch_stats, method_state=method_state)
+        return state, (result, aux.losses, correct)
+
+    def step(state: TrainState, batch):
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if config.train.accumulation == 1:
+            state, (gradient, losses, correct) = gradients(state, batch, rng)
+        else:
+            state, (gradient, losses, correct) = _accumulated(run, gradients, state, batch, rng)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            newest = {"params": params, "batch_stats": state.batch_stats}
+            ema = optax.incremental_update(newest, ema, 1 - _ema_decay(config, state.step))
         measured = {
-            "losses": aux.losses,
-            "correct": jnp.stack([_correct(z, batch["label"]) for z in aux.logits]),
-            "gradient_norm": optax.global_norm(gradients),
+            "losses": losses,
+            "correct": correct,
+            "gradient_norm": optax.global_norm(gradient),
             "update_norm": optax.global_norm(updates),
         }
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=aux.batch_stats,
-            opt_state=opt_state,
-            method_state=method_state,
-        )
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, measured
 
-    everywhere = sharding.replicated(run.mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    placement = (state_placement(run), sharding.replicated(run.mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=placement)
+
+
+def _accumulated(run: Run, gradients: Callable, state: TrainState, batch: Any, rng: jax.Array):
+    """`gradients` over `train.accumulation` microbatches: means of gradients and losses."""
+    count = run.config.train.accumulation
+
+    def microbatches(x):
+        # Every device cuts its own examples, whatever their number: none moves.
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding.microbatches(run.mesh))
+
+    def body(carry, part):
+        state, total = carry
+        index, batch = part
+        state, (gradient, losses, correct) = gradients(state, batch, jax.random.fold_in(rng, index))
+        total = jax.tree.map(lambda t, g: t + g / count, total, gradient)
+        return (state, total), (losses, correct)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parts = (jnp.arange(count), jax.tree.map(microbatches, batch))
+    (state, gradient), (losses, correct) = jax.lax.scan(body, (state, zeros), parts)
+    return state, (gradient, jnp.mean(losses, axis=0), jnp.sum(correct, axis=0))
+
+
+def _ema_decay(config: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
+    """The configured decay, less at first, so that the average soon forgets the initial weights."""
+    return jnp.minimum(config.train.ema, (1 + step) / (10 + step))
 
 
 def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -158,7 +195,7 @@ def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def restore_or_initialise(run: Run, saver: checkpoint.Checkpointer) -> TrainState:
-    """The state to go on from, replicated over the mesh."""
+    """The state to go on from, placed on the mesh."""
     restored = saver.restore(abstract_state(run))
     if restored is not None:
         log.info("going on from the checkpoint of step %d", restored.step)
@@ -190,21 +227,27 @@ def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainSt
 
 
 def initial_state(run: Run) -> TrainState:
-    """Fresh weights, drawn from the configuration's seed, replicated over the mesh."""
+    """Fresh weights, drawn from the configuration's seed, placed on the mesh."""
     # Hundreds of small random draws that run once: compiling them well would take longer.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    create = jax.jit(
-        _create_state(run), out_shardings=sharding.replicated(run.mesh), compiler_options=quick
-    )
-    return create()
+    placement = state_placement(run)
+    return jax.jit(_create_state(run), out_shardings=placement, compiler_options=quick)()
 
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes, types and placement of the state, without computing it."""
-    everywhere = sharding.replicated(run.mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(_create_state(run)),
+        state_placement(run),
+    )
+
+
+def state_placement(run: Run) -> TrainState:
+    """Where each array of the state lives: spread over the fsdp axis, statistics replicated."""
+    state = jax.eval_shape(_create_state(run))
+    return sharding.spread(run.mesh, state).replace(
+        batch_stats=jax.tree.map(lambda _: sharding.replicated(run.mesh), state.batch_stats)
     )
 
 
@@ -212,14 +255,15 @@ def _create_state(run: Run) -> Callable[[], TrainState]:
     def create():
         images = jnp.zeros((1, *run.data.spec.image_shape), jnp.float32)
         variables = run.network.init(jax.random.key(run.config.seed), images)
-        params = variables["params"]
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        averages = {"params": params, "batch_stats": batch_stats}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=run.optimizer.init(params),
             method_state=run.method.init(params),
-            ema=None,
+            ema=jax.tree.map(jnp.copy, averages) if run.config.train.ema else None,
         )
 
     return create

@@ -16,8 +16,8 @@ def mesh_of(data):
 @pytest.mark.parametrize(("data", "devices"), [(-1, 8), (8, 8), (2, 2), (1, 1)])
 def test_mesh_has_the_devices_asked_for(data, devices):
     mesh = mesh_of(data)
-    assert dict(mesh.shape) == {"data": devices}
-    assert sharding.describe(mesh) == f"process 0 of 1, 8 cpu devices, mesh data={devices}"
+    assert dict(mesh.shape) == {"data": devices, "fsdp": 1}
+    assert sharding.describe(mesh) == f"process 0 of 1, 8 cpu devices, mesh data={devices} fsdp=1"
 
 
 @pytest.mark.parametrize("data", [0, -2, 9])

@@ -40,6 +40,7 @@ class MultiExit(nn.Module, kw_only=True):
       dtype: type of the computation; parameters, statistics and logits are at least float32.
       dropout_rate: before each exit's last dense layer, in networks that have it.
       adapters: add the linear layers that only feature distillation uses.
+      rematerialise: recompute each segment in the backward pass instead of keeping what it made.
     """
 
     num_classes: int
@@ -47,6 +48,7 @@ class MultiExit(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
     adapters: bool = False
+    rematerialise: bool = False
 
     # What a network defines.
 
@@ -122,7 +124,11 @@ class MultiExit(nn.Module, kw_only=True):
         """
         if i == 0:
             self._check_images(carry)
-        features = self.segment(i, *(carry if i else (carry,)), train=train)
+        inputs = carry if i else (carry,)
+        if self.rematerialise:
+            features = nn.remat(lambda self, *x: self.segment(i, *x, train=train))(self, *inputs)
+        else:
+            features = self.segment(i, *inputs, train=train)
         *others, cut = features
         if i == self.num_exits - 1:
             return None, self.exit_input(i, cut, cut)
