@@ -188,7 +188,7 @@ def within(candidates: Sequence[Thresholds], cost: float) -> Thresholds:
     if not affordable:
         least = min(t.expected_cost for t in candidates)
         raise ValueError(
-            f"no image is answered for a cost of {cost:.6g}; the first exit costs {least:.6g}"
+            f"no thresholds cost {cost:.6g} or less per image; the cheapest cost {least:.6g}"
         )
     best = max(affordable, key=lambda t: (t.expected_accuracy, -t.expected_cost))
     return dataclasses.replace(best, fitted_for=f"a cost of at most {cost:.6g} per image")
