@@ -1,9 +1,9 @@
-"""Thresholds that keep a promise: with probability d, at most e less accurate than the full network.
+"""Thresholds that keep a promise: at most e less accurate than the full network, surely enough.
 
-The promise holds for any network and any distribution of images, as long as the validation
-images are drawn like those to come and took no part in training. It is Learn then Test
-(Angelopoulos, Bates, Candès, Jordan and Lei, 2021): Theorem 1 with fixed sequence testing and
-the exact binomial p-value. In this setting:
+The promise holds with probability d, for any network and any distribution of images, as long
+as the validation images are drawn like those to come and took no part in training. It is Learn
+then Test (Angelopoulos, Bates, Candès, Jordan and Lei, 2021): Theorem 1 with fixed sequence
+testing and the exact binomial p-value. In this setting:
 
 - The loss of an image is 1 if the full network (its deepest exit) is right and the early
   answer is wrong, else 0. Its mean, the risk, is at least the accuracy that early exit costs:
