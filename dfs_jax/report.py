@@ -139,3 +139,8 @@ def _check_finite(step: int, measured: Mapping[str, np.ndarray]) -> None:
     for name in ("gradient_norm", "update_norm"):
         if not np.isfinite(measured[name]):
             raise TrainingError(f"step {step}: {name} is not finite; nothing of it was saved")
+    if not measured["finite"]:
+        raise TrainingError(
+            f"step {step}: the losses are finite, but a parameter or a batch statistic is not; "
+            "nothing of this step was saved. Images of huge values are the usual cause"
+        )

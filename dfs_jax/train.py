@@ -57,6 +57,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     or changed; TrainingError when a loss is not finite.
     """
     run = experiment.prepare(config, workdir)
+    _refuse_longer_run(run, workdir)
     directory = workdirs.create(config, workdir)
     print(sharding.describe(run.mesh), flush=True)
 
@@ -68,11 +69,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     with checkpoint.Checkpointer(directory / "checkpoints", best_metric=best_metric) as saver:
         state = restore_or_initialise(run, saver)
         start = int(jax.device_get(state.step))
-        if start > run.total_steps:
-            raise ConfigError(
-                f"--workdir: {workdir} is at step {start} already, beyond the {run.total_steps} "
-                "steps of this configuration; ask for more, or choose another workdir"
-            )
         with metrics.MetricWriter(directory, start_step=start) as writer:
             if start < run.total_steps:
                 report.describe(run, state.params, start, directory)
@@ -119,8 +115,9 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
     """The compiled update (state, batch) -> (state, measurements); the state is donated.
 
     Measurements are device arrays: `losses` (N,), `correct` (N,) examples, `gradient_norm` and
-    `update_norm` (). With `train.accumulation` the method sees one microbatch after the other,
-    each with its own batch statistics, surgery and dropout, and the gradients are averaged.
+    `update_norm` (), and `finite` (), whether all of the new state is. With `train.accumulation`
+    the method sees one microbatch after the other, each with its own batch statistics, surgery
+    and dropout, and the gradients are averaged.
     """
     config, optimizer = run.config, run.optimizer
 
@@ -153,6 +150,8 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
             "update_norm": optax.global_norm(updates),
         }
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        # A variance can overflow while the loss, which divides by it, looks well.
+        measured["finite"] = _all_finite((state.params, state.batch_stats, state.opt_state))
         return state, measured
 
     placement = (state_placement(run), sharding.replicated(run.mesh))
@@ -186,12 +185,30 @@ def _ema_decay(config: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
     return jnp.minimum(config.train.ema, (1 + step) / (10 + step))
 
 
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     labels = labels if labels.ndim == 1 else jnp.argmax(labels, -1)
     return jnp.sum(jnp.argmax(logits, -1) == labels)
 
 
 # Where the first state comes from: the workdir's newest checkpoint, else fresh weights.
+
+
+def _refuse_longer_run(run: Run, workdir: str) -> None:
+    """Raise ConfigError, changing nothing, for a workdir that is past the end of `run`."""
+    directory = epath.Path(workdir) / "checkpoints"
+    if not directory.exists():
+        return
+    with checkpoint.Checkpointer(directory, best_metric=None, read_only=True) as saver:
+        reached = saver.latest_step() or 0
+    if reached > run.total_steps:
+        raise ConfigError(
+            f"--workdir: {workdir} is at step {reached} already, beyond the {run.total_steps} "
+            "steps of this configuration; ask for more, or choose another workdir"
+        )
 
 
 def restore_or_initialise(run: Run, saver: checkpoint.Checkpointer) -> TrainState:
@@ -217,6 +234,10 @@ def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainSt
         if which not in ("latest", "best") and not which.isdecimal():
             raise ConfigError(f"--step must be latest, best or a number, got {which!r}")
         step = {"latest": None, "best": saver.best_step()}.get(which, which)
+        if which == "best" and step is None:
+            raise ConfigError(
+                f"--step: no checkpoint in {workdir} was scored on a validation split"
+            )
         if step is not None and int(step) not in saver.all_steps():
             steps = ", ".join(map(str, saver.all_steps()))
             raise ConfigError(f"--step: {workdir} has no checkpoint of step {step}; it has {steps}")

@@ -225,6 +225,6 @@ def test_joint_costs_one_pass():
 
 
 def test_unknown_methods_and_options():
-    with pytest.raises(ValueError, match="unknown gradient method 'sum'; known: .*joint"):
+    with pytest.raises(ValueError, match=r"unknown gradient method 'sum'; known: .*joint"):
         gradients.create("sum")
     assert gradients.options("joint") == {}

@@ -1,0 +1,83 @@
+"""A run that takes seconds: a small network on a few digits, with neither TFDS nor a disk cache."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from dfs_jax import config as configuration
+from dfs_jax import data
+from dfs_jax.data import in_memory
+
+DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
+TRAIN, HELD_OUT, TEST = 90, 37, 53  # divisible by neither batch nor device count
+
+NETWORK = (
+    "model.name=vgg7_cifar100",
+    "model.options.widths=((6,),(4,))",
+    "model.options.dropout_rate=0.5",
+)
+SETTINGS = (
+    "train.epochs=0",
+    "train.steps=12",
+    "train.batch_size=16",
+    "train.eval_batch_size=16",
+    "train.eval_every=4",
+    "train.checkpoint_every=2",
+    "train.log_every=2",
+    "train.compilation_cache=",
+    "optimizer.warmup_epochs=0",
+    "optimizer.learning_rate=0.05",
+    "mesh.data=1",
+)
+
+
+def overrides(*own, network=NETWORK):
+    """What `config.load` takes; `own` come last and win."""
+    return [*network, *SETTINGS, *own]
+
+
+def config(*own, network=NETWORK):
+    """The digits configuration of a tiny run."""
+    return configuration.load(DIGITS, overrides(*own, network=network))
+
+
+def arguments(workdir, *own, network=NETWORK):
+    """The same as arguments of the training command."""
+    changes = [f"--config.{item}" for item in overrides(*own, network=network)]
+    return ["--config", DIGITS, "--workdir", str(workdir), *changes]
+
+
+@functools.cache
+def digits():
+    """All of scikit-learn's digits: (N, 8, 8, 1) uint8 and labels (N,)."""
+    found = datasets.load_digits()
+    return np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], found.target
+
+
+def load(config):
+    """Serves some of the digits in place of `dfs_jax.data.digits.load`."""
+    images, labels = digits()
+    sizes = np.cumsum([TRAIN + HELD_OUT, TEST])
+    outside, test, _ = (
+        (x, y) for x, y in zip(np.split(images, sizes), np.split(labels, sizes), strict=True)
+    )
+    train, validation = in_memory.hold_out(outside, min(config.data.validation_size, HELD_OUT))
+    return in_memory.create(
+        config,
+        name="digits",
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=[str(i) for i in range(10)],
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """Import it into a module of tests to have `load` serve the digits there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data._LOADERS, "digits", load)
+        yield
