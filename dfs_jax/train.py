@@ -26,6 +26,7 @@ from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
 from dfs_jax.gradients import Problem
+from dfs_jax.saving import Preempted, Saves
 
 log = logging.getLogger(__name__)
 
@@ -81,25 +82,32 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 def _loop(run: Run, state: TrainState, start: int, saver, writer, held_out) -> TrainState:
     """Steps `start`+1 … total, with evaluation and checkpoints on their way."""
     train = run.config.train
-    eval_every = train.eval_every or max(1, round(run.steps_per_epoch))
-    checkpoint_every = train.checkpoint_every or max(1, round(run.steps_per_epoch))
+    per_epoch = max(1, round(run.steps_per_epoch))
+    eval_every = train.eval_every or per_epoch
     by_batch, everywhere = sharding.batch(run.mesh), sharding.replicated(run.mesh)
     train_step = make_train_step(run)
     count = evaluate.counter(run.network, everywhere)
     reporter = report.Reporter(run, writer, start)
+    saves = Saves(run.config, saver, train.checkpoint_every or per_epoch)
 
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps + 1):
         last = step == run.total_steps
+        preempted = not last and saves.preempted(step)
         scores: dict[str, float] = {}
-        if step > start and (last or step % eval_every == 0):
+        if step > start and (last or step % eval_every == 0) and not preempted:
             with reporter.paused():
                 counts = evaluate.evaluate(count, state.variables, held_out, by_batch)
                 scores = metrics.summarise(counts, "eval")
                 reporter.evaluated(step, scores)
-        if step > start and (last or step % checkpoint_every == 0):
+        if step > start and (last or preempted):
+            with reporter.paused():
+                saves.finish(step, state, scores)
+        elif step > start and saves.due(step):
             with reporter.paused():  # settles first: only a finite state is saved
-                saver.save(step, state, {"step": step}, scores)
+                saves.save(step, state, scores)
+        if preempted:
+            raise Preempted(f"told to end: step {step} is saved; the same command goes on from it")
         if last:
             break
         with jax.transfer_guard("disallow"):  # a hidden host transfer would stall every step
@@ -108,6 +116,7 @@ def _loop(run: Run, state: TrainState, start: int, saver, writer, held_out) -> T
             waited = time.perf_counter() - asked
             state, measured = train_step(state, batch)
         reporter.step_done(step + 1, measured, waited)
+    saves.close()
     return state
 
 
