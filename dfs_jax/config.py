@@ -64,13 +64,21 @@ def default() -> ml_collections.ConfigDict:
     c.data.name = "digits"  # one of dfs_jax.data.names()
     c.data.dir = config_dict.placeholder(str)  # prepared data; None: TFDS's own place
     c.data.seed = 0  # order and augmentation of the training examples
-    c.data.validation_size = 240  # examples held out of training; 0: no validation split
+    c.data.validation_size = 240  # examples held out of training; 0: no validation split; -1: the
+    # data set's own one, where there is one beside the test split
     c.data.image_size = 0  # resize images to this many pixels a side; 0: as they are
     c.data.crop_padding = 0  # random crop after padding by this many pixels
     c.data.crop_fill = 0  # grey level of that padding, 0-255
     c.data.flip = False  # random horizontal flip
     c.data.cutout = 0  # side of a square that is blacked out; 0: off
     c.data.normalization = "own"  # the data set's own statistics, or a name in STATISTICS
+    # Sets that are read in streams from disk (imagenet2012, tfds:NAME, folder):
+    c.data.streams = 64  # the order is cut into so many, on any number of hosts; divides the batch
+    c.data.backend = "tf"  # reads TFRECORD files; "grain" reads ARRAY_RECORD files
+    c.data.shuffle_buffer = 64  # records that a stream of TFRECORD files keeps to draw from
+    c.data.crop_area = 0.08  # smallest share of an image that its random crop covers
+    c.data.antialias = False  # when images are made smaller; as PyTorch does it, at half the speed
+    c.data.on_error = "raise"  # at a damaged record, or "skip": replace it, count and tell
 
     c.train = ml_collections.ConfigDict()
     c.train.epochs = 0.0  # length of the run in passes over the training split ...
@@ -81,6 +89,8 @@ def default() -> ml_collections.ConfigDict:
     c.train.checkpoint_every = 0  # steps between checkpoints; 0: once per epoch
     c.train.log_every = 10  # steps between lines of training metrics
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
+    c.train.init_from = config_dict.placeholder(str)  # workdir whose weights the run starts from
+    c.train.freeze = ()  # patterns of parameter paths that keep their weights; see freeze.py
     c.train.accumulation = 1  # microbatches per update; batch statistics are each one's own
     c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
     c.train.ema = 0.0  # decay of averaged parameters and statistics, then evaluated; 0: none

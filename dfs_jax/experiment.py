@@ -5,7 +5,7 @@ before data are prepared or anything is compiled.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from dfs_jax import data, gradients, models, optim, sharding
+from dfs_jax import data, freeze, gradients, models, optim, sharding
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.data import pipeline
@@ -54,15 +54,17 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
     mesh = sharding.create_mesh(config)
     pipeline.check_batch(config, mesh.size)
     _check_accumulation(config, mesh.size)
+    workdirs.check_source(config)
     if workdir is not None:
         workdirs.check(config, workdir)
 
     source = data.create(config)
     model = model.clone(num_classes=source.spec.num_classes)
-    _check_images(model, source.spec.image_shape)
+    _check_images(model, source.spec.image_shape, config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
     total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
+    optimizer = freeze.optimizer(optimizer, config.train.freeze)
     return Run(
         config, source, model, losses, updates, optimizer, schedule, mesh, steps_per_epoch, total
     )
@@ -151,9 +153,13 @@ def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None
         )
 
 
-def _check_images(network: MultiExit, image_shape: tuple[int, int, int]) -> None:
+def _check_images(
+    network: MultiExit, image_shape: tuple[int, int, int], frozen: Sequence[str]
+) -> None:
+    """Check what only the data tell: whether the network takes the images, and its parameters."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
-        jax.eval_shape(network.init, jax.random.key(0), images)
+        variables = jax.eval_shape(network.init, jax.random.key(0), images)
     except ValueError as error:
         raise ConfigError(f"{error}; see data.image_size") from error
+    freeze.check(frozen, variables["params"])

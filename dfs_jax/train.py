@@ -18,10 +18,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from etils import epath
 
-from dfs_jax import checkpoint, evaluate, experiment, metrics, report, sharding
+from dfs_jax import checkpoint, evaluate, experiment, freeze, metrics, report, sharding
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
@@ -137,7 +138,8 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
             problem, state.params, state.method_state, method_rng
         )
         correct = jnp.stack([_correct(z, batch["label"]) for z in aux.logits])
-        state = state.replace(batch_stats=aux.batch_stats, method_state=method_state)
+        batch_stats = freeze.keep(config.train.freeze, state.batch_stats, aux.batch_stats)
+        state = state.replace(batch_stats=batch_stats, method_state=method_state)
         return state, (result, aux.losses, correct)
 
     def step(state: TrainState, batch):
@@ -203,7 +205,8 @@ def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jnp.argmax(logits, -1) == labels)
 
 
-# Where the first state comes from: the workdir's newest checkpoint, else fresh weights.
+# Where the first state comes from: the workdir's newest checkpoint, else the weights of
+# train.init_from, else fresh weights.
 
 
 def _refuse_longer_run(run: Run, workdir: str) -> None:
@@ -226,7 +229,10 @@ def restore_or_initialise(run: Run, saver: checkpoint.Checkpointer) -> TrainStat
     if restored is not None:
         log.info("going on from the checkpoint of step %d", restored.step)
         return restored.state
-    return initial_state(run)
+    state = initial_state(run)
+    if run.config.train.init_from:
+        state = with_weights(state, *read_weights(run.config.train.init_from))
+    return state
 
 
 def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainState]:
@@ -254,6 +260,46 @@ def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainSt
     if restored is None:
         raise ConfigError(f"--workdir: {workdir} holds no checkpoint")
     return restored.step, restored.state
+
+
+def read_weights(workdir: str) -> tuple[str, dict[str, Any]]:
+    """Where the weights of a trained `workdir` come from, and what its evaluation would use.
+
+    Takes any network; nothing there is changed.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    with checkpoint.Checkpointer(directory, best_metric=None, read_only=True) as saver:
+        step = saver.latest_step()
+        saved = saver.restore(saver.metadata(step), step).state
+    weights = saved.get("ema") or {name: saved.get(name) for name in ("params", "batch_stats")}
+    return f"step {step} of {workdir}", weights
+
+
+def with_weights(state: TrainState, source: str, weights: Mapping[str, Any]) -> TrainState:
+    """`state` with the `weights` of `source`, matched by name and shape; the log tells the rest.
+
+    Raises ConfigError if none fits.
+    """
+    given = dict(jax.tree_util.tree_leaves_with_path(weights))
+    fresh = []
+
+    def choose(path, leaf):
+        value = given.pop(path, None)
+        if value is None or value.shape != leaf.shape:
+            fresh.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return leaf
+        return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+
+    before = {"params": state.params, "batch_stats": state.batch_stats}
+    after = jax.tree_util.tree_map_with_path(choose, before)
+    total = len(jax.tree.leaves(before))
+    if len(fresh) == total:
+        raise ConfigError(f"train.init_from: no array of {source} fits this network")
+    log.info("%d of %d arrays are those of %s", total - len(fresh), total, source)
+    if fresh:
+        log.info("these start fresh: %s", ", ".join(fresh))
+    ema = state.ema if state.ema is None else jax.tree.map(jnp.copy, after)
+    return state.replace(**after, ema=ema)
 
 
 def initial_state(run: Run) -> TrainState:

@@ -50,6 +50,16 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
 
 
+def check_source(config: ml_collections.ConfigDict) -> None:
+    """Raise ConfigError if `train.init_from` is set and is no workdir with a checkpoint."""
+    source = config.train.init_from
+    if not source:
+        return
+    checkpoints = epath.Path(source) / "checkpoints"
+    if not checkpoints.exists() or not any(p.name.isdecimal() for p in checkpoints.iterdir()):
+        raise ConfigError(f"train.init_from: {source} is no workdir with a checkpoint")
+
+
 def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
     """Make the workdir if need be and save the configuration there; raises ConfigError."""
     directory = epath.Path(workdir)
