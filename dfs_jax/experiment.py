@@ -4,8 +4,9 @@
 before data are prepared or anything is compiled.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,15 +110,15 @@ def _dtype(precision: str):
     return ml_dtypes.bfloat16 if precision == "bfloat16" else precision
 
 
-class _refusals:
-    """Turns the ValueErrors of the constructors into ConfigErrors."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (ValueError, TypeError)) and not isinstance(error, ConfigError):
-            raise ConfigError(str(error)) from error
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what the constructors refuse into ConfigErrors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
