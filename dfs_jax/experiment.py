@@ -61,7 +61,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
 
     source = data.create(config)
     model = model.clone(num_classes=source.spec.num_classes)
-    _check_images(model, source.spec.image_shape, config.train.freeze)
+    _check_images(model, losses, source.spec.image_shape, config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
     total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
@@ -155,12 +155,17 @@ def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None
 
 
 def _check_images(
-    network: MultiExit, image_shape: tuple[int, int, int], frozen: Sequence[str]
+    network: MultiExit,
+    losses: Objective,
+    image_shape: tuple[int, int, int],
+    frozen: Sequence[str],
 ) -> None:
-    """Check what only the data tell: whether the network takes the images, and its parameters."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    """Check what depends on the size of the images: input, features and parameter names."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     try:
-        variables = jax.eval_shape(network.init, jax.random.key(0), images)
+        outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
     except ValueError as error:
         raise ConfigError(f"{error}; see data.image_size") from error
+    with _refusals():
+        losses.check_features([feature.shape for feature in outputs.features])
     freeze.check(frozen, variables["params"])

@@ -15,6 +15,7 @@ losses become one update is the business of `gradients/`.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -93,6 +94,17 @@ class Objective:
             raise ValueError(
                 f"objective.exit_weights has {len(self.exit_weights)} values, "
                 f"the network has {num_exits} exits"
+            )
+
+    def check_features(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raise ValueError if features (B, …) of these shapes, one per exit, do not compare."""
+        different = [i for i, shape in enumerate(shapes, 1) if shape != shapes[-1]]
+        if self.feature_weight and different:
+            exit_shape, last_shape = shapes[different[0] - 1][1:], shapes[-1][1:]
+            raise ValueError(
+                f"objective.feature_weight compares every exit's features with the last one's, "
+                f"but those of exit {different[0]} have shape {exit_shape} and the last one's "
+                f"{last_shape}; model.options.adapters=True brings them together"
             )
 
     def example_losses(
