@@ -1,10 +1,12 @@
-"""A run that takes seconds: a small network on a few digits, with neither TFDS nor a disk cache."""
+"""A run that takes a second: a small network on a few digits, without TFDS."""
 
 import functools
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from sklearn import datasets
 
 from dfs_jax import config as configuration
@@ -76,8 +78,22 @@ def load(config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """Import it into a module of tests to have `load` serve the digits there."""
+def few_digits(tmp_path_factory):
+    """Import it into a module of tests to have `load` serve the digits there.
+
+    Programs are kept on disk for the module, so that the same run is compiled once.
+    """
+    kept = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data._LOADERS, "digits", load)
-        yield
+        for values in (kept, before):
+            for name, value in values.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # JAX looks at its settings only once
+            if values is kept:
+                yield
