@@ -164,10 +164,13 @@ def family(
 ) -> tuple[Thresholds, ...]:
     """Thresholds worth choosing, from cheap to costly, each more accurate than those before.
 
-    Fitted to the `FINE` range of quotas; expected costs and accuracies are those on the same
-    images, the accuracies therefore slightly hopeful. Arguments as in `outcome`.
+    Fitted to the `FINE` range of quotas, and to a common threshold for all exits, without which
+    "patience", whose few values tie, would have no thresholds between the extremes. Expected
+    costs and accuracies are those on the same images, the accuracies therefore slightly
+    hopeful. Arguments as in `outcome`.
     """
-    values = fit(confidences, quotas(confidences.shape[1], len(confidences), FINE))
+    by_quota = fit(confidences, quotas(confidences.shape[1], len(confidences), FINE))
+    values = np.concatenate([by_quota, _common(confidences)])
     measured = outcome(confidences, values, costs, correct)
     chosen: list[Thresholds] = []
     for p in np.lexsort((-measured.top1, measured.cost)):
@@ -177,6 +180,18 @@ def family(
                 Thresholds(confidence, tuple(values[p]), cost, accuracy, f"cost {cost:.6g}")
             )
     return tuple(chosen)
+
+
+def _common(confidences: np.ndarray) -> np.ndarray:
+    """Settings (P, N) of one threshold for all exits, at up to 101 quantiles of confidence."""
+    early = confidences[:-1]
+    present = early[~np.isnan(early)]
+    values = np.empty(0)
+    if present.size:
+        values = np.unique(np.quantile(present, np.linspace(0, 1, 101), method="nearest"))
+    result = np.repeat(values.astype(np.float64)[:, None], len(confidences), axis=1)
+    result[:, -1] = ALWAYS
+    return result
 
 
 def within(candidates: Sequence[Thresholds], cost: float) -> Thresholds:
