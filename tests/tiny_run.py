@@ -1,11 +1,13 @@
 """A run that takes a second: a small network on a few digits, without TFDS."""
 
+import contextlib
 import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 from sklearn import datasets
 
@@ -97,3 +99,19 @@ def few_digits(tmp_path_factory):
             compilation_cache.reset_cache()  # JAX looks at its settings only once
             if values is kept:
                 yield
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows with every program that is compiled, or fetched compiled."""
+    compiled = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
