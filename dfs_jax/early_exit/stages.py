@@ -1,0 +1,116 @@
+"""A multi-exit network as a chain of stages: functions of flat tuples of arrays.
+
+A stage is a segment and its exit. The router runs stages and does not ask where they come from:
+`from_network` makes them from a network and its variables, `bundle` from exported programs.
+Flat tuples, because an exported program knows no other containers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traceable function (weights, arguments) -> results of flat tuples, and its weights.
+
+    Arguments and results lead with the batch axis; weights do not.
+    """
+
+    call: Callable[[Arrays, Arrays], Arrays]
+    weights: Arrays
+    names: tuple[str, ...]  # of the weights, unique in the whole network
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Segment and exit i of a network.
+
+    `segment` takes what the stage before carried on (the images for the first one) and returns
+    `carried` arrays for the stage after it, then those for the exit; `head` takes the latter and
+    returns the logits (B, K) alone. The last stage carries nothing.
+    """
+
+    segment: Program
+    head: Program
+    carried: int
+
+    def run(self, weights: tuple[Arrays, Arrays], carry: Arrays) -> tuple[Arrays, jax.Array]:
+        """(carry for the next stage, logits (B, K)); to be traced with `self.weights`."""
+        results = self.segment.call(weights[0], carry)
+        (logits,) = self.head.call(weights[1], results[self.carried :])
+        return results[: self.carried], logits
+
+    @property
+    def weights(self) -> tuple[Arrays, Arrays]:
+        """Of the segment and of the head."""
+        return self.segment.weights, self.head.weights
+
+
+def from_network(
+    network: Any, variables: Any, image_shape: tuple[int, int, int]
+) -> tuple[Stage, ...]:
+    """The stages of `network` (anything that fulfils DESIGN's contract) on images (H, W, C).
+
+    Every program holds only the weights that it reads, so that calling it costs no more
+    dispatch than it must. Raises ValueError for images that the network refuses.
+    """
+    stages: list[Stage] = []
+    carry: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    while carry is not None:
+        i = len(stages)
+        advance = functools.partial(_advance, network, i)
+        onwards, exit_input = jax.eval_shape(advance, variables, carry)
+        stages.append(
+            Stage(
+                _pruned(functools.partial(_segment, network, i), variables, carry),
+                _pruned(functools.partial(_head, network, i), variables, exit_input),
+                len(jax.tree.leaves(onwards)),
+            )
+        )
+        carry = onwards
+    return tuple(stages)
+
+
+def _advance(network: Any, i: int, variables: Any, carry: Any) -> tuple[Any, Any]:
+    return network.apply(variables, carry, i, train=False, method="advance")
+
+
+def _segment(network: Any, i: int, variables: Any, carry: Any) -> Arrays:
+    return tuple(jax.tree.leaves(_advance(network, i, variables, carry)))
+
+
+def _head(network: Any, i: int, variables: Any, exit_input: Any) -> Arrays:
+    return (network.apply(variables, exit_input, i, train=False, method="classify")[0],)
+
+
+def _pruned(function: Callable[[Any, Any], Arrays], variables: Any, argument: Any) -> Program:
+    """`function(variables, argument)` as a program of the weights that its results depend on."""
+    paths, weights_tree = jax.tree.flatten_with_path(variables)
+    argument_tree = jax.tree.structure(argument)
+    jaxpr = jax.make_jaxpr(function)(variables, argument).jaxpr
+    everything = [True] * len(jaxpr.outvars)
+    used = partial_eval.dce_jaxpr(jaxpr, everything)[1][: len(paths)]
+    # What is not read may still be looked up; a stride of 0 keeps it from taking memory.
+    absent = [np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for _, leaf in paths]
+
+    def call(weights: Arrays, arguments: Arrays) -> Arrays:
+        given = iter(weights)
+        leaves = [next(given) if u else a for u, a in zip(used, absent, strict=True)]
+        variables = jax.tree.unflatten(weights_tree, leaves)
+        return function(variables, jax.tree.unflatten(argument_tree, arguments))
+
+    chosen = [pair for pair, u in zip(paths, used, strict=True) if u]
+    return Program(
+        call,
+        tuple(jnp.asarray(leaf) for _, leaf in chosen),
+        tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in chosen),
+    )
