@@ -2,33 +2,34 @@
 
 A checkpoint is the directory `<directory>/<step>` with two items: `state`, the pytree, and
 `meta`, a JSON object. Orbax writes it in the background and renames it into place when it is
-complete. What Orbax does not do is done here: a digest of every leaf, because changed bytes
-restore without an error; falling back to an older checkpoint; making room for the step of a
-damaged one; and remembering which checkpoint is best.
+complete. What Orbax does not do is done here: a digest of every leaf (`digest.py`), because
+changed bytes restore without an error; falling back to an older checkpoint; making room for the
+step of a damaged one; clearing up after a save that failed; and remembering which is best.
 
 What the state consists of, when to save and how to place arrays on devices are the caller's.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import math
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dfs_jax.digest import digest, layout
+
 _log = logging.getLogger(__name__)
+
+# How long processes wait for each other's part of a save before they give it up.
+_PATIENCE_SECONDS = 300
 
 # Fields of `meta` that belong to this module.
 _RESERVED = ("digest", "score", "sha256")
@@ -44,6 +45,17 @@ class Restored(NamedTuple):
     step: int
     state: Any  # the pytree, in the structure of `like`
     meta: dict[str, Any]  # as given to `save` (after a round trip through JSON)
+
+
+def newest_step(directory: epath.PathLike) -> int | None:
+    """The newest step by the names in `directory`, or None.
+
+    Unlike a `Checkpointer` it asks nothing of other processes, and sees damaged steps too.
+    """
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return None
+    return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=None)
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -72,18 +84,27 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._read_only = read_only
         self._scores: dict[int, float] = {}
         self._told_about_missing_metric = False
+        self._saving: int | None = None  # the step that is being written
+        self._manager = self._open()
+        self._load_scores()
+
+    def _open(self) -> ocp.CheckpointManager:
         policies = [preservation_policy.LatestN(2), _KeepBest(self)]
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "meta"),
+            # With names alone a manager cannot read the metadata of what another one wrote.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
+                create=not self._read_only,
+                read_only=self._read_only,
+                cleanup_tmp_directories=not self._read_only,
+                async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE_SECONDS),
             ),
         )
-        self._load_scores()
 
     @jax.transfer_guard("allow")
     def save(
@@ -103,11 +124,13 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Raises:
           ValueError: if `meta` uses a reserved name (TypeError if it is not JSON).
-          Exception: whatever the save before this one ran into in the background.
+          CheckpointError: in every process, if the save before this one has failed in the
+            background, and then nothing is saved; or if this one could not be started.
         """
         for name in _RESERVED:
             if name in meta:
                 raise ValueError(f"meta must not have the field {name!r}, which is reserved")
+        self.wait()
         latest = self.latest_step()
         if self._read_only or (latest is not None and step <= latest):
             return False
@@ -119,14 +142,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         record["sha256"] = _sha256(record)
         if score is not None:
             self._scores[step] = score  # before the save, which asks what to keep
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave(record)
-            ),
-            force=True,
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave(record)
         )
-        return bool(saved)
+        self._saving = step
+        self._together(lambda: self._manager.save(step, args=args, force=True))
+        return True
 
     @jax.transfer_guard("allow")
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
@@ -220,15 +241,48 @@ class Checkpointer(contextlib.AbstractContextManager):
             ) from error
 
     def wait(self) -> None:
-        """Waits until the running save is complete; raises the error it met, if any."""
-        self._manager.wait_until_finished()
+        """Waits until the running save is complete.
+
+        Raises CheckpointError, in every process, if it failed in any. What it had written is
+        removed then, and the checkpoints before it are as they were.
+        """
+        if self._saving is not None:
+            self._together(self._manager.wait_until_finished)
+            self._saving = None
 
     def close(self) -> None:
-        """Waits for the running save and releases Orbax's threads."""
+        """Waits for the running save and releases Orbax's threads; a failed save is a warning."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            _log.warning("%s", error)
         self._manager.close()
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        # A save that a lost process took part in would be waited for in vain.
+        if not (isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1):
+            self.close()
+
+    def _together(self, part: Callable[[], Any]) -> None:
+        """Does this process's part of the running save; raises in all if one failed."""
+        failure = None
+        try:
+            part()
+        except Exception as error:  # whatever Orbax, TensorStore and the file system raise
+            failure = error
+        if _all_agree(failure is None):
+            return
+        step, self._saving = self._saving, None
+        reason = _one_line(failure) if failure else "another process met an error"
+        # Orbax's list of steps is wrong after a failure, and its unfinished folder would keep a
+        # full disk full: a new manager reads the one and removes the other.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._scores.pop(step, None)
+        self._manager = self._open()
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written: {reason}"
+        ) from failure
 
     def _score(self, metrics: Mapping[str, float]) -> float | None:
         if self._best_metric is None:
@@ -323,99 +377,6 @@ class _KeepBest(preservation_policy.PreservationPolicy):
         return [c.step == best for c in checkpoints]
 
 
-# Digest: per leaf two sums, modulo 2^32, of a hash of every word and its position. Integer sums
-# do not depend on the order, so neither on sharding nor on the number of devices or processes.
-# The hash is not linear: in a linear sum two flipped sign bits would cancel.
-
-# Smaller leaves are summed with NumPy: a compilation per shape takes longer than the sum.
-_COMPILED_FROM = 1 << 18
-
-
-def digest(state: Any) -> dict[str, str]:
-    """A checksum per leaf: {path: 24 hex digits}, e.g. {"params/conv/kernel": "…"}.
-
-    The first 8 digits depend on dtype and shape alone, the others on every bit and its place.
-    The result does not depend on how the arrays are sharded, nor on whether they are JAX or
-    NumPy arrays. Arrays that live on several hosts are summed where they are; then every
-    process must call this together.
-    """
-    layout = _layout(state)
-    sums = jax.device_get([_sums(leaf) for leaf in jax.tree.leaves(state)])
-    return {
-        path: f"{head}{int(a):08x}{int(b):08x}"
-        for (path, head), (a, b) in zip(layout.items(), sums, strict=True)
-    }
-
-
-def _layout(tree: Any) -> dict[str, str]:
-    """The dtype and shape of every leaf as 8 hex digits, by path."""
-    layout = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not hasattr(leaf, "dtype"):
-            leaf = np.asarray(leaf)
-        text = f"{leaf.dtype}{tuple(leaf.shape)}"
-        layout[jax.tree_util.keystr(path, simple=True, separator="/")] = (
-            f"{zlib.crc32(text.encode()):08x}"
-        )
-    return layout
-
-
-def _sums(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if leaf.is_fully_replicated:
-            leaf = leaf.addressable_data(0)
-        if not leaf.is_fully_addressable or leaf.size >= _COMPILED_FROM:
-            return _sums_compiled(leaf)
-    host = np.ascontiguousarray(leaf)
-    unsigned = np.dtype(f"uint{8 * min(4, host.dtype.itemsize)}")
-    words = host.reshape(-1).view(unsigned).astype(np.uint32)
-    return _hash_and_sum(words, _mixed_index(words.size), np)
-
-
-@jax.jit
-def _sums_compiled(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-    unsigned = jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")
-    words = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # The row-major position of every word, without a reshape, which would move sharded data.
-    index = jnp.zeros((), jnp.uint32)
-    for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        index += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    return jnp.stack(_hash_and_sum(words, _mix(index), jnp))
-
-
-@functools.lru_cache(maxsize=1)
-def _mixed_index_table() -> np.ndarray:
-    return _mix(np.arange(_COMPILED_FROM, dtype=np.uint32))
-
-
-def _mixed_index(size: int) -> np.ndarray:
-    if size <= _COMPILED_FROM:
-        return _mixed_index_table()[:size]
-    return _mix(np.arange(size, dtype=np.uint32))
-
-
-def _hash_and_sum(words: Any, index: Any, xp: Any) -> tuple[Any, Any]:
-    first = xp.sum(_mix(words ^ index), dtype=xp.uint32)
-    second = xp.sum(_mix(words + index * xp.uint32(0x9E3779B1)), dtype=xp.uint32)
-    return first, second
-
-
-def _mix(x: Any) -> Any:
-    """The finaliser of MurmurHash3: a bijection of 32-bit words; x is a uint32 array."""
-    x = x ^ (x >> 16)
-    x = x * np.uint32(0x85EBCA6B)
-    x = x ^ (x >> 13)
-    x = x * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def _sha256(record: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in record.items() if name != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -425,7 +386,7 @@ def _sha256(record: Mapping[str, Any]) -> str:
 def _require_same_layout(digests: Mapping[str, str], like: Any, where: str) -> None:
     """Tells a caller's mistake from damage: `digests` come from a meta that is intact."""
     stored = {path: value[:8] for path, value in digests.items()}
-    wanted = _layout(like)
+    wanted = layout(like)
     differing = {path for path in wanted.keys() & stored.keys() if wanted[path] != stored[path]}
     for what, paths in (
         ("lacks", wanted.keys() - stored.keys()),

@@ -26,7 +26,7 @@ from dfs_jax import checkpoint, evaluate, experiment, freeze, metrics, report, s
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
-from dfs_jax.gradients import Problem
+from dfs_jax.gradients import Problem, Restart
 from dfs_jax.saving import Preempted, Saves
 
 log = logging.getLogger(__name__)
@@ -145,11 +145,10 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
     def step(state: TrainState, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if config.train.accumulation == 1:
-            state, (gradient, losses, correct) = gradients(state, batch, rng)
+            state, (result, losses, correct) = gradients(state, batch, rng)
         else:
-            state, (gradient, losses, correct) = _accumulated(run, gradients, state, batch, rng)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            state, (result, losses, correct) = _accumulated(run, gradients, state, batch, rng)
+        params, opt_state, gradient, updates = _descend(optimizer, result, state)
         ema = state.ema
         if ema is not None:
             newest = {"params": params, "batch_stats": state.batch_stats}
@@ -167,6 +166,23 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
 
     placement = (state_placement(run), sharding.replicated(run.mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=placement)
+
+
+def _descend(optimizer: optax.GradientTransformation, result: Any, state: TrainState):
+    """New parameters and optimizer state from a method's result, its gradients, the updates."""
+    if not isinstance(result, Restart):
+        updates, opt_state = optimizer.update(result, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state, result, updates
+
+    def held(new, old):
+        # Counters go on, so that the schedule keeps to the step.
+        counts = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if counts else jnp.where(result.descend, new, old)
+
+    updates, opt_state = optimizer.update(result.gradients, state.opt_state, result.params)
+    updates = jax.tree.map(lambda u: jnp.where(result.descend, u, 0), updates)
+    opt_state = jax.tree.map(held, opt_state, state.opt_state)
+    return optax.apply_updates(result.params, updates), opt_state, result.gradients, updates
 
 
 def _accumulated(run: Run, gradients: Callable, state: TrainState, batch: Any, rng: jax.Array):
@@ -211,11 +227,7 @@ def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _refuse_longer_run(run: Run, workdir: str) -> None:
     """Raise ConfigError, changing nothing, for a workdir that is past the end of `run`."""
-    directory = epath.Path(workdir) / "checkpoints"
-    if not directory.exists():
-        return
-    with checkpoint.Checkpointer(directory, best_metric=None, read_only=True) as saver:
-        reached = saver.latest_step() or 0
+    reached = checkpoint.newest_step(epath.Path(workdir) / "checkpoints") or 0
     if reached > run.total_steps:
         raise ConfigError(
             f"--workdir: {workdir} is at step {reached} already, beyond the {run.total_steps} "
