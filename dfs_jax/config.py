@@ -71,6 +71,12 @@ def default() -> ml_collections.ConfigDict:
     c.data.crop_fill = 0  # grey level of that padding, 0-255
     c.data.flip = False  # random horizontal flip
     c.data.cutout = 0  # side of a square that is blacked out; 0: off
+    c.data.autoaugment = ""  # learned policy of image operations: "cifar10"; "": none
+    c.data.randaugment_layers = 0  # random image operations per image (RandAugment's N); 0: off
+    c.data.randaugment_magnitude = 9.0  # their strength (RandAugment's M), 0 to 10
+    c.data.mixup = 0.0  # blend images: a of Beta(a, a), from which shares are drawn; 0: off
+    c.data.cutmix = 0.0  # paste rectangles: a of Beta(a, a), from which areas are drawn; 0: off
+    c.data.mix_probability = 1.0  # share of the batches that are mixed
     c.data.normalization = "own"  # the data set's own statistics, or a name in STATISTICS
     # Sets that are read in streams from disk (imagenet2012, tfds:NAME, folder):
     c.data.streams = 64  # the order is cut into so many, on any number of hosts; divides the batch

@@ -1,10 +1,11 @@
 """Data sets by name: `create(config)` and the list of what there is.
 
 The contract that every data set fulfils is in `pipeline`; sets that fit in memory are served
-by `in_memory` and augmented by `augment`. A module that needs TensorFlow Datasets is imported
-only when its data set is asked for.
+by `in_memory`, larger ones by `streaming`, and both are augmented by `augment`. A module that
+needs TensorFlow Datasets is imported only when its data set is asked for.
 """
 
+import functools
 from collections.abc import Callable
 
 import ml_collections
@@ -22,25 +23,58 @@ def _digits(config: ml_collections.ConfigDict) -> Data:
     return digits.load(config)
 
 
+def _double_digits(variant: str, config: ml_collections.ConfigDict) -> Data:
+    from dfs_jax.data import double_digits
+
+    return double_digits.load(config, variant)
+
+
+def _imagenet(config: ml_collections.ConfigDict) -> Data:
+    from dfs_jax.data import imagenet
+
+    return imagenet.load(config)
+
+
+def _folder(config: ml_collections.ConfigDict) -> Data:
+    from dfs_jax.data import folder
+
+    return folder.load(config)
+
+
+def _named(config: ml_collections.ConfigDict) -> Data:
+    from dfs_jax.data import named
+
+    return named.load(config)
+
+
 _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
     "digits": _digits,
+    "double_digits/clean": functools.partial(_double_digits, "clean"),
+    "double_digits/hard": functools.partial(_double_digits, "hard"),
+    "folder": _folder,
+    "imagenet2012": _imagenet,
 }
+_TFDS = "tfds:"  # before the name of any other data set of TFDS
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `config.data.name` can choose."""
+    """The data sets that `config.data.name` can choose, besides tfds:NAME for any of TFDS."""
     return tuple(sorted(_LOADERS))
 
 
 def create(config: ml_collections.ConfigDict) -> Data:
     """The splits of data set `config.data.name`; `config` is the whole configuration.
 
-    Prepares the data in `config.data.dir` where that has not been done. Raises ConfigError for
-    an unknown name and for fields of `config.data` that do not fit the data set.
+    Prepares the data in `config.data.dir` where that has not been done and takes little time.
+    Raises ConfigError for an unknown name and for fields of `config.data` that do not fit the
+    data set, DataError for data that are not there or cannot be read.
     """
     name = config.data.name
+    if name.startswith(_TFDS):
+        return _named(config)
     if name not in _LOADERS:
         raise ConfigError(
-            f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}"
+            f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}, and "
+            f"{_TFDS}NAME for others of TFDS"
         )
     return _LOADERS[name](config)
