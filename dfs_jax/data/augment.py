@@ -2,7 +2,8 @@
 
 Each augmentation is a draw of its random numbers and a deterministic function of them; `apply`
 chains those that an `Augmentation` chooses. The caller maps over examples with `jax.vmap`. Also
-here: normalisation and the statistics of the known data sets. Making batches is not.
+here: normalisation and the statistics of the known data sets. Policies of image operations are
+in `autoaugment`, what concerns several images at once is in `mixing`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from dfs_jax.config import ConfigError
+from dfs_jax.data import autoaugment
 
 # Mean and standard deviation of each channel over all training pixels, on the scale [0, 1].
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -29,19 +31,22 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image, in this order; the defaults do nothing."""
+    """What is done to a training image: crop, flip, operations, cutout; the defaults do nothing."""
 
     crop_padding: int = 0  # pixels added on each side before a random crop to the old size
     crop_fill: int = 0  # grey level of that padding
     flip: bool = False  # left to right, for half of the images
     cutout: int = 0  # side of a black square at a random place, which may reach over the edge
+    autoaugment: str = ""  # a name in autoaugment.POLICIES
+    randaugment_layers: int = 0  # RandAugment's operations per image ...
+    randaugment_magnitude: float = 9.0  # ... and how strong they are, up to RANDAUGMENT_MAX
 
 
 def from_config(
     config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
 ) -> Augmentation:
     """The choices of `config.data` for images of `image_shape` (H, W, C); raises ConfigError."""
-    c, (height, width, _) = config.data, image_shape
+    c, (height, width, channels) = config.data, image_shape
     side = min(height, width)
     if c.crop_padding < 0:
         raise ConfigError(f"data.crop_padding {c.crop_padding} is negative; 0 turns cropping off")
@@ -52,7 +57,38 @@ def from_config(
             f"data.cutout {c.cutout} does not fit images of {height}x{width} pixels; "
             f"give 0 (off) to {side}"
         )
-    return Augmentation(c.crop_padding, c.crop_fill, c.flip, c.cutout)
+    _check_operations(c, channels)
+    return Augmentation(
+        c.crop_padding,
+        c.crop_fill,
+        c.flip,
+        c.cutout,
+        c.autoaugment,
+        c.randaugment_layers,
+        c.randaugment_magnitude,
+    )
+
+
+def _check_operations(c: ml_collections.ConfigDict, channels: int) -> None:
+    if c.autoaugment and c.autoaugment not in autoaugment.POLICIES:
+        raise ConfigError(
+            f"data.autoaugment: there is no policy {c.autoaugment!r}; "
+            f"known: {', '.join(sorted(autoaugment.POLICIES))}, or '' for none"
+        )
+    if c.randaugment_layers < 0:
+        raise ConfigError(f"data.randaugment_layers {c.randaugment_layers} is negative; 0: off")
+    if not 0 <= c.randaugment_magnitude <= autoaugment.RANDAUGMENT_MAX:
+        raise ConfigError(
+            f"data.randaugment_magnitude {c.randaugment_magnitude} is not between 0 and "
+            f"{autoaugment.RANDAUGMENT_MAX:g}"
+        )
+    if c.autoaugment and c.randaugment_layers:
+        raise ConfigError(
+            "data.autoaugment and data.randaugment_layers are both set; choose one of the two"
+        )
+    if (c.autoaugment or c.randaugment_layers) and channels != 3:
+        field = "autoaugment" if c.autoaugment else "randaugment_layers"
+        raise ConfigError(f"data.{field} is for images of 3 channels, but these have {channels}")
 
 
 def statistics(
@@ -90,6 +126,12 @@ def apply(augmentation: Augmentation, key: jax.Array, image: jax.Array) -> jax.A
         image = crop(image, offset, a.crop_padding, a.crop_fill)
     if a.flip:
         image = flip(image, draw_flip(jax.random.fold_in(key, 1)))
+    if a.autoaugment:
+        rows = autoaugment.draw_policy(jax.random.fold_in(key, 3), a.autoaugment)
+        image = autoaugment.policy(image, rows, a.autoaugment)
+    if a.randaugment_layers:
+        rows = autoaugment.draw_randaugment(jax.random.fold_in(key, 4), a.randaugment_layers)
+        image = autoaugment.randaugment(image, rows, a.randaugment_magnitude)
     if a.cutout:
         image = cutout(image, draw_cutout(jax.random.fold_in(key, 2), shape), a.cutout)
     return image

@@ -1,8 +1,9 @@
 """Data sets that fit in memory: arrays resident on the devices, batches made there.
 
-A batch is one compiled call that gathers the examples, augments and normalises them. Every
-random number comes from a key of (seed, step, place in the batch), so that batches do not
-depend on the number of devices. Where the arrays come from is the loaders' matter.
+A batch is one compiled call that gathers the examples, augments and normalises them, and, where
+images are mixed, a second one. Every random number comes from a key of (seed, step, place in the
+batch), so that batches do not depend on the number of devices. Where the arrays come from is the
+loaders' matter.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data import augment, pipeline
+from dfs_jax.data import augment, mixing, pipeline
 from dfs_jax.data.pipeline import Batch, Data, Spec
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8, labels (N,) integers
@@ -43,14 +44,21 @@ def create(
     arrays = {k: _checked(k, v, config.data.image_size) for k, v in splits.items() if v is not None}
     shape = arrays["train"][0].shape[1:]
     mean, std = augment.statistics(config, own=name, channels=shape[-1])
-    augmentation = augment.from_config(config, shape)
+    augmentation, mixed = augment.from_config(config, shape), mixing.from_config(config)
 
     def held_out(split: str) -> "InMemoryEval":
         return InMemoryEval(*arrays[split], config.train.eval_batch_size, mean, std)
 
     return Data(
         train=InMemoryTrain(
-            *arrays["train"], config.train.batch_size, seed, augmentation, mean, std
+            *arrays["train"],
+            config.train.batch_size,
+            seed,
+            augmentation,
+            mean,
+            std,
+            mixed,
+            len(class_names),
         ),
         validation=None if validation is None else held_out("validation"),
         test=held_out("test"),
@@ -112,23 +120,25 @@ class InMemoryTrain:
         augmentation: augment.Augmentation,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        mixed: mixing.Mixing,
+        num_classes: int,
     ):
         self.size = len(labels)
         self._batch_size = batch_size
         self._seed = seed
         self._augmentation, self._mean, self._std = augmentation, mean, std
+        self._mixed, self._num_classes = mixed, num_classes
         self._resident = _Resident(images, labels, self._batch)
 
     def batches(self, start: int, sharding: NamedSharding | None = None) -> Iterator[Batch]:
         """See `pipeline.TrainSource`."""
         batch_of = self._resident.on(sharding)
+        mix = mixing.compiled(self._mixed, self._seed, self._num_classes, sharding)
 
         def make(step: int) -> Batch:
             indices = pipeline.train_indices(self.size, self._batch_size, self._seed, step)
-            return batch_of(
-                pipeline.place(indices, sharding),
-                pipeline.place(np.uint32(step), _replicated(sharding)),
-            )
+            number = pipeline.place(np.uint32(step), _replicated(sharding))
+            return mix(batch_of(pipeline.place(indices, sharding), number), number)
 
         return _one_ahead(make(step) for step in itertools.count(start))
 

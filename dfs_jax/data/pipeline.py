@@ -46,7 +46,8 @@ class TrainSource(Protocol):
         """Batches of steps start, start + 1, ...: `image` (B, H, W, C) float32, `label` (B,) int32.
 
         B is `config.train.batch_size`, over all devices and processes. Images are augmented and
-        normalised. The batch of step s is a pure function of (`config.data.seed`, s). `sharding`
+        normalised; where they are also mixed, `label` is a distribution (B, K) float32 over the
+        classes. The batch of step s is a pure function of (`config.data.seed`, s). `sharding`
         divides the leading axis over devices; None: the default device.
         """
         ...
