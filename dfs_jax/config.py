@@ -50,11 +50,12 @@ def default() -> ml_collections.ConfigDict:
     c.gradients.options = ml_collections.ConfigDict()  # the method's own
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = "sgd"
+    c.optimizer.name = "sgd"  # or "adamw"
     c.optimizer.learning_rate = 0.1  # at the peak of the schedule
-    c.optimizer.momentum = 0.9
+    c.optimizer.momentum = 0.9  # AdamW: decay of the first moment
     c.optimizer.nesterov = False
-    c.optimizer.weight_decay = 5e-4  # coupled (added to the gradient), on every parameter
+    c.optimizer.weight_decay = 5e-4  # on every parameter; SGD: coupled (added to the gradient)
+    c.optimizer.clip_norm = 0.0  # gradients of a larger global norm are scaled down to it; 0: off
     c.optimizer.schedule = "multistep"  # "multistep", "cosine" or "constant"
     c.optimizer.milestones = ()  # multistep: epochs at which the rate is multiplied by decay_rate
     c.optimizer.decay_rate = 0.1

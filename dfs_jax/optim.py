@@ -37,7 +37,11 @@ def create_optimizer(
             f"a run of {total_steps} steps with {steps_per_epoch} steps per epoch has no updates"
         )
     schedule = create_schedule(config, steps_per_epoch, total_steps)
-    return _look_up(OPTIMIZERS, "name", o.name)(o, schedule), schedule
+    _check_number("clip_norm", o.clip_norm, o.clip_norm >= 0, "0 (off) or more")
+    update = _look_up(OPTIMIZERS, "name", o.name)(o, schedule)
+    if o.clip_norm:
+        update = optax.chain(optax.clip_by_global_norm(o.clip_norm), update)
+    return update, schedule
 
 
 def create_schedule(
@@ -73,7 +77,25 @@ def _sgd(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": _sgd}
+def _adamw(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) as in PyTorch: p -= η (m̂ / (sqrt(v̂) + ε) + λp), every parameter.
+
+    The first moment decays by `momentum`; β₂ = 0.999 and ε = 1e-8 are PyTorch's.
+    """
+    return optax.adamw(
+        schedule,
+        b1=o.momentum,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=o.weight_decay,
+        nesterov=o.nesterov,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
 
 
 def _multistep(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:

@@ -59,6 +59,52 @@ def test_five_steps_equal_pytorchs_sgd_written_out_in_numpy(momentum, nesterov):
             np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-12)
 
 
+def test_three_steps_equal_pytorchs_adamw_written_out_in_numpy():
+    rate, decay, clip = 0.1, 0.02, 1.0
+    c = configured(
+        name="adamw", learning_rate=rate, weight_decay=decay, clip_norm=clip, schedule="constant"
+    )
+    rng = np.random.default_rng(1)
+    expected = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    # The first gradient is larger than the clipping norm, the others are not.
+    gradients = [
+        {name: scale * rng.normal(size=p.shape) for name, p in expected.items()}
+        for scale in (10.0, 0.1, 0.1)
+    ]
+    with jax.enable_x64(True):
+        tx, _ = optim.create_optimizer(c, steps_per_epoch=1, total_steps=3)
+        params = jax.tree.map(jnp.asarray, expected)
+        state = tx.init(params)
+        for g in gradients:
+            updates, state = jax.jit(tx.update)(jax.tree.map(jnp.asarray, g), state, params)
+            params = optax.apply_updates(params, updates)
+
+        first = {name: np.zeros(p.shape) for name, p in expected.items()}
+        second = {name: np.zeros(p.shape) for name, p in expected.items()}
+        for t, g in enumerate(gradients, 1):
+            norm = np.sqrt(sum((part**2).sum() for part in g.values()))
+            assert (norm > clip) == (t == 1)
+            for name, p in expected.items():
+                clipped = g[name] * min(1.0, clip / norm)
+                first[name] = 0.9 * first[name] + 0.1 * clipped
+                second[name] = 0.999 * second[name] + 0.001 * clipped**2
+                step = (first[name] / (1 - 0.9**t)) / (
+                    np.sqrt(second[name] / (1 - 0.999**t)) + 1e-8
+                )
+                expected[name] = p * (1 - rate * decay) - rate * step
+        for name, p in expected.items():
+            np.testing.assert_allclose(params[name], p, rtol=0, atol=1e-12)
+
+
+def test_clipping_scales_the_whole_gradient_of_any_optimizer():
+    c = configured(momentum=0.0, weight_decay=0.0, clip_norm=1.0, learning_rate=1.0)
+    tx, _ = optim.create_optimizer(c, 1, 1)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.array([3.0]), "b": jnp.array([-4.0])}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.6, 0.8], rtol=1e-6)
+
+
 def test_parameters_keep_their_dtype():
     tx, _ = optim.create_optimizer(configured(warmup_epochs=1.0), 2, 10)
     params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.float32)}
@@ -158,7 +204,8 @@ def test_the_optimizer_uses_the_schedule_it_returns():
         ({"milestones": (80, 70)}, "milestones"),
         ({"milestones": (0, 70)}, "milestones"),
         ({"warmup_epochs": -1.0}, "warmup_epochs"),
-        ({"name": "adam"}, "'adam' is unknown; known: sgd"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"name": "adam"}, "'adam' is unknown; known: adamw, sgd"),
         ({"schedule": "step"}, "'step' is unknown; known: multistep, cosine, constant"),
     ],
 )
