@@ -23,10 +23,10 @@ def _vgg7(**kwargs):
     return create_model("vgg7_cifar100", num_classes=100, surgery=Surgery(**kwargs))
 
 
-def _step_flops(network) -> float:
+def _step_flops(network, side: int = 32, batch: int = BATCH) -> float:
     """Compiled FLOPs of value and gradient of the exits' summed cross-entropy."""
-    images = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
-    labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
 
     def loss(params, batch_stats, images, labels):
@@ -43,7 +43,8 @@ def _step_flops(network) -> float:
         return -sum(map(jnp.mean, chosen)), updates
 
     step = jax.value_and_grad(loss, has_aux=True)
-    return _compiled_flops(step, variables["params"], variables["batch_stats"], images, labels)
+    statistics = variables.get("batch_stats", {})
+    return _compiled_flops(step, variables["params"], statistics, images, labels)
 
 
 @functools.cache
@@ -86,3 +87,31 @@ def test_the_definition_as_written_saves_nothing():
         for cut in (16, 0)
     )
     assert naive / plain >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "batch"),
+    [
+        ("msdnet_cifar100", 32, 8),
+        ("msdnet_imagenet", 224, 2),
+        ("resnet18_cifar100", 32, 8),
+        ("vgg16_imagenet", 64, 2),
+        ("vit_tiny_patch16", 224, 2),
+    ],
+)
+def test_saving_of_every_network_is_what_its_definition_allows(name, side, batch):
+    """Run with -s, this prints the table: network, compiled ratio, smallest ratio."""
+
+    def network(**surgery):
+        return create_model(
+            name, num_classes=100, surgery=Surgery(**surgery), dropout_rate=0.0, adapters=False
+        )
+
+    shape = (side, side, 3)
+    compiled = _step_flops(network(beta=0.5), side, batch)
+    compiled /= _step_flops(network(partition=False), side, batch)
+    least = flops.minimal_training_multiply_adds(network(beta=0.5), shape)
+    least /= flops.minimal_training_multiply_adds(network(partition=False), shape)
+    print(f"\n{name:20} {compiled:.4f} {least:.4f}")
+    assert compiled == pytest.approx(least, abs=0.01)
