@@ -132,7 +132,8 @@ def reliability(
         axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal", xlabel="confidence")
         axes.set_ylabel("accuracy" if i % columns == 0 else "")
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    side_by_side = 3 if columns == 4 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=side_by_side, frameon=False)
     return _png(figure)
 
 
