@@ -5,6 +5,7 @@ before data are prepared or anything is compiled.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from dfs_jax.gradients import GradientMethod
 from dfs_jax.models import MultiExit
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 
@@ -49,7 +52,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
     """
     model = network(config, num_classes=1)
     losses = objective(config, model.num_exits)
-    updates = method(config)
+    updates = method(config, model, losses)
     _check_train(config, model.num_exits)
     optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     mesh = sharding.create_mesh(config)
@@ -64,6 +67,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
     _check_images(model, losses, source.spec.image_shape, config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
     total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    if total % updates.cycle:
+        log.warning(
+            "the run's %d steps end within a cycle of %d steps of gradients %s: its last "
+            "parameters are unfinished",
+            total,
+            updates.cycle,
+            config.gradients.name,
+        )
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
     optimizer = freeze.optimizer(optimizer, config.train.freeze)
     return Run(
@@ -98,10 +109,23 @@ def objective(config: ml_collections.ConfigDict, num_exits: int) -> Objective:
     return chosen
 
 
-def method(config: ml_collections.ConfigDict) -> GradientMethod:
-    """The configured gradient method. Raises ConfigError for an unknown name or bad values."""
+def method(
+    config: ml_collections.ConfigDict, network: MultiExit, objective: Objective
+) -> GradientMethod:
+    """The configured gradient method for a network and its losses.
+
+    Raises ConfigError for an unknown name, bad values, and what makes no sense together.
+    """
+    name, options = config.gradients.name, config.gradients.options.to_dict()
     with _refusals():
-        return gradients.create(config.gradients.name, **config.gradients.options.to_dict())
+        chosen = gradients.create(name, num_exits=network.num_exits, **options)
+        chosen.check(network, objective)
+    if chosen.cycle > 1 and config.train.accumulation > 1:
+        raise ConfigError(
+            f"gradients {name} restarts from earlier parameters and has no gradients to "
+            f"accumulate; train.accumulation must be 1, got {config.train.accumulation}"
+        )
+    return chosen
 
 
 def _dtype(precision: str):

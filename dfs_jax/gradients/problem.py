@@ -6,7 +6,7 @@ statistic moves once a step, however many passes a method makes.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,13 @@ class Problem:
         self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
     ) -> jax.Array:
         """Losses (B, N) of every example at every exit."""
-        return self._pass(params, None, batch, boundary, None)[0]
+        return self.example_losses_and_aux(params, batch=batch, boundary=boundary)[0]
+
+    def example_losses_and_aux(
+        self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """`example_losses`, with the by-products of the pass."""
+        return self._pass(params, None, batch, boundary, None)
 
     def teacher(self, params: Params, *, batch: Batch | None = None) -> Teacher | None:
         """What `exit_loss` distils from, or None if the objective does not distil."""
@@ -87,31 +93,68 @@ class Problem:
         outputs, _ = self._apply(params, batch or self.batch, self.num_exits, None)
         return Teacher(*jax.lax.stop_gradient((outputs.logits[-1], outputs.features[-1])))
 
+    def outputs(self, params: Params, images: jax.Array) -> Any:
+        """Logits and features of all exits for `images` (B, H, W, C), in training mode."""
+        return self._run(params, self.batch_stats, images)[0]
+
+    # The same pass, segment by segment: for methods that decide what flows back where.
+
+    def advance(self, params: Params, carry: Any, i: int, batch_stats: Any) -> tuple[Any, Any]:
+        """Segment i (static, from 0): ((carry for segment i+1, input of exit i), batch_stats).
+
+        `carry` is the images for i = 0. `batch_stats` are handed from call to call, from
+        `self.batch_stats` on.
+        """
+        return self._run(params, batch_stats, carry, i, method="advance")
+
+    def classify(self, params: Params, exit_input: Any, i: int, batch_stats: Any):
+        """Exit i (static, from 0): ((logits (B, K), feature), batch_stats)."""
+        return self._run(params, batch_stats, exit_input, i, method="classify")
+
+    def losses_of(self, logits: Sequence[jax.Array], features: Sequence[jax.Array]) -> jax.Array:
+        """Losses (N,) of all exits' logits and features, those of the whole batch.
+
+        No gradient flows from an exit's loss into another exit's answer.
+        """
+        teacher = Teacher(logits[-1], features[-1])
+        answers = enumerate(zip(logits, features, strict=True))
+        return jnp.stack(
+            [jnp.mean(self._exit_losses(i, z, f, self.batch, teacher)) for i, (z, f) in answers]
+        )
+
     def _apply(self, params, batch, num_exits, boundary):
-        return self.network.apply(
-            {"params": params, "batch_stats": self.batch_stats},
-            batch["image"],
+        return self._run(
+            params, self.batch_stats, batch["image"], num_exits=num_exits, boundary=boundary
+        )
+
+    def _run(self, params, batch_stats, *args, **kwargs):
+        """The network's result in training mode, and the running statistics after it."""
+        result, updated = self.network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            *args,
             train=True,
-            num_exits=num_exits,
-            boundary=boundary,
             mutable=["batch_stats"],
             rngs={"dropout": self.rng},
+            **kwargs,
+        )
+        return result, updated.get("batch_stats", batch_stats)
+
+    def _exit_losses(self, i, logits, feature, batch, teacher):
+        return self.objective.example_losses(
+            i, self.num_exits, logits, feature, batch["label"], teacher
         )
 
     def _pass(self, params, exit_index, batch, boundary, teacher):
         """Example losses (B, N) of all exits, or (B, 1) of one, and the pass's by-products."""
         batch = self.batch if batch is None else batch
         count = self.num_exits if exit_index is None else exit_index + 1
-        outputs, updated = self._apply(params, batch, count, boundary)
+        outputs, statistics = self._apply(params, batch, count, boundary)
         if count == self.num_exits:
             teacher = Teacher(outputs.logits[-1], outputs.features[-1])
         wanted = range(count) if exit_index is None else (exit_index,)
         losses = [
-            self.objective.example_losses(
-                i, self.num_exits, outputs.logits[i], outputs.features[i], batch["label"], teacher
-            )
+            self._exit_losses(i, outputs.logits[i], outputs.features[i], batch, teacher)
             for i in wanted
         ]
         stacked = jnp.stack(losses, axis=-1)
-        statistics = updated.get("batch_stats", self.batch_stats)
         return stacked, Aux(jnp.mean(stacked, axis=0), outputs.logits, statistics)

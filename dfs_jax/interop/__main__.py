@@ -150,14 +150,15 @@ def _first_state(
     from dfs_jax.data.pipeline import Spec
 
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
+    objective = experiment.objective(config, network.num_exits)
     spec = Spec(config.data.name, image_shape, network.num_classes, (), 0, 0, 0)
     state = train.initial_state(
         experiment.Run(
             config,
             data.Data(train=None, validation=None, test=None, spec=spec),
             network,
-            experiment.objective(config, network.num_exits),
-            experiment.method(config),
+            objective,
+            experiment.method(config, network, objective),
             optimizer,
             schedule,
             sharding.create_mesh(config),

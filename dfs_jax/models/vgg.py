@@ -47,7 +47,8 @@ class VGG(MultiExit):
                 Dense(self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init)
             )
         self.convs, self.heads = convs, heads
-        self.dropout = nn.Dropout(self.dropout_rate)
+        # One each: a shared one would draw by the number of exits that ran before.
+        self.dropouts = [nn.Dropout(self.dropout_rate) for _ in widths]
         self.norms = [BatchNorm(dtype=self.dtype) for _ in widths]
         if self.adapters:
             self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
@@ -81,7 +82,7 @@ class VGG(MultiExit):
 
     def head(self, i: int, exit_input: Any, *, train: bool) -> tuple[jax.Array, jax.Array]:
         pooled = global_average_pool(exit_input[0])
-        kept = jax.tree.map(lambda x: self.dropout(x, deterministic=not train), pooled)
+        kept = jax.tree.map(lambda x: self.dropouts[i](x, deterministic=not train), pooled)
         logits = self.heads[i](kept)
         feature = plain(exit_input[-1])
         if self.adapters and i == self.num_exits - 1:

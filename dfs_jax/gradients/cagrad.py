@@ -1,0 +1,87 @@
+"""CAGrad: near the mean gradient, the direction that helps the worst-off exit most.
+
+Conflict-Averse Gradient Descent (NeurIPS 2021, arXiv 2110.14048). With g_0 the mean of the N
+gradients, c = a ‖g_0‖ and g_w = Σ_i w_i g_i,
+
+    max over ‖d - g_0‖ ≤ c of min_i g_i · d
+    w = argmin over the simplex of  g_0 · g_w + c ‖g_w‖
+    g = N (g_0 + c / ‖g_w‖ · g_w) / (1 + a²)
+
+The factor N is ours: it makes g a sum over the exits, as joint training has it, so that one
+learning rate serves both. One exit is plain training. The minimisation sees nothing but the N×N
+Gram matrix and is solved inside the step. Cost: N prefix gradients (`per_exit.py`), 2.4× for six
+exits of VGG7; memory N gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dfs_jax.gradients.gram import gram, weighted_sum
+from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.per_exit import exit_gradients
+
+
+def cagrad(radius: float = 0.5) -> GradientMethod:
+    """The conflict-averse gradient; no state.
+
+    Args:
+      radius: a, how far the direction may be from the mean, over the mean's length, in [0, 1).
+
+    Raises:
+      ValueError: for a radius out of range.
+    """
+    if not 0 <= radius < 1:
+        raise ValueError(f"gradients.options.radius must lie in [0, 1), got {radius}")
+
+    def apply(problem, params, state, rng):
+        del rng
+        exits, aux = exit_gradients(problem, params)
+        if len(exits) == 1:
+            return exits[0], aux, state
+        return weighted_sum(exits, averse_weights(gram(exits), radius)), aux, state
+
+    return GradientMethod(lambda params: (), apply)
+
+
+def averse_weights(gram: jax.Array, radius: float) -> jax.Array:
+    """Weights (N,) of the gradients in g, from their inner products (N, N)."""
+    count = gram.shape[0]
+    w = simplex_argmin(gram, radius)
+    length = jnp.sqrt(jnp.maximum(w @ gram @ w, 0))
+    ball = radius * jnp.sqrt(jnp.maximum(jnp.mean(gram), 0))
+    # At a Pareto-stationary point g_w is 0 and has no direction to add.
+    pull = jnp.where(length > 0, ball / jnp.where(length > 0, length, 1), 0)
+    return (1 + count * pull * w) / (1 + radius**2)
+
+
+def simplex_argmin(gram: jax.Array, radius: float, iterations: int = 40) -> jax.Array:
+    """argmin over the simplex of g_0 · g_w + a ‖g_0‖ ‖g_w‖ for the Gram matrix (N, N): (N,).
+
+    An interior-point method: Newton steps on the objective with the barrier -μ Σ log w_i, μ
+    halved at each. What is left at the end is below N μ, in units of the mean ‖g_i‖².
+    """
+    count = gram.shape[0]
+    size = jnp.mean(jnp.diagonal(gram))
+    gram = gram / jnp.where(size > 0, size, 1)
+    slope = jnp.mean(gram, axis=0)  # g_0 · g_i
+    ball = radius * jnp.sqrt(jnp.maximum(jnp.mean(gram), 0))
+    least = max(1e-9, 10 * float(jnp.finfo(gram.dtype).eps))
+
+    def newton(k, w):
+        mu = jnp.maximum(0.5 ** (k + 1.0), least).astype(w.dtype)
+        along = gram @ w
+        length = jnp.sqrt(jnp.maximum(w @ along, 0) + mu**2)  # smooth at g_w = 0
+        gradient = slope + ball * along / length
+        hessian = ball * (gram / length - jnp.outer(along, along) / length**3)
+        # In relative steps, w ← w (1 + q), the barrier's part is μ times the identity.
+        matrix = w[:, None] * hessian * w + mu * jnp.eye(count, dtype=w.dtype)
+        sides = jnp.stack([mu - w * gradient, w], axis=1)
+        free, tilt = jnp.linalg.solve(matrix, sides).T
+        q = free - (w @ free) / (w @ tilt) * tilt  # keeps Σ w_i
+        stride = jnp.minimum(1, 0.95 / jnp.maximum(jnp.max(-q), 1e-6))
+        moved = w * (1 + stride * q)
+        moved = moved / jnp.sum(moved)
+        return jnp.where(jnp.all(jnp.isfinite(moved)), moved, w)
+
+    start = jnp.full(count, 1 / count, gram.dtype)
+    return jax.lax.fori_loop(0, iterations, newton, start)
