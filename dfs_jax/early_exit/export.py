@@ -1,0 +1,243 @@
+"""Export of a trained run to one file that `bundle.EarlyExit` answers images with; own command.
+
+    python -m dfs_jax.early_exit.export --workdir DIR --out BUNDLE [--step latest|best|N]
+        [--batch-size B] [--score max_softmax|margin|entropy|patience]
+
+Every segment and exit becomes a StableHLO program for each batch size up to B, for CPU, CUDA and
+TPU. Thresholds are fitted on the validation split, for any budget; if `dfs_jax.evaluate` left
+thresholds for a target in the workdir (thresholds.json), those are what the bundle uses when no
+budget is given. A run without a validation split gives a bundle whose last exit answers all.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import io
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dfs_jax.early_exit import bundle, confidence
+from dfs_jax.early_exit.budget import ALWAYS, NEVER, Thresholds
+from dfs_jax.early_exit.preprocessing import Preprocessing
+from dfs_jax.early_exit.router import batch_sizes
+from dfs_jax.early_exit.stages import Program, Stage
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+_SHORT_SIDE = 256 / 224  # of an image over its centre crop, as data.decode evaluates
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a bundle holds besides the network. N exits, K classes."""
+
+    labels: tuple[str, ...]  # (K,)
+    costs: tuple[int, ...]  # (N,) multiply-adds of an image that leaves at each exit
+    preprocessing: Preprocessing
+    thresholds: Thresholds  # in use unless a budget is given
+    family: tuple[Thresholds, ...] = ()  # to choose from by budget, of the same confidence
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for people
+
+
+def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequence[int]) -> None:
+    """Write the bundle of `stages` for batches of `sizes` to `path`. Raises OSError."""
+    members: dict[str, bytes] = {}
+    entries = []
+    avals = {size: (_image(size, contents.preprocessing),) for size in sizes}
+    for i, stage in enumerate(stages, 1):
+        segment, results = _programs(f"segment{i}", stage.segment, avals, members)
+        exit_inputs = {size: r[stage.carried :] for size, r in results.items()}
+        head, _ = _programs(f"exit{i}", stage.head, exit_inputs, members)
+        entries.append({"carried": stage.carried, "segment": segment, "head": head})
+        avals = {size: r[: stage.carried] for size, r in results.items()}
+    weights = {
+        name: np.asarray(weight)
+        for stage in stages
+        for program in (stage.segment, stage.head)
+        for name, weight in zip(program.names, program.weights, strict=True)
+    }
+    manifest = {
+        "made_by": _versions(),
+        **contents.about,
+        "labels": list(contents.labels),
+        "costs": [int(cost) for cost in contents.costs],
+        "preprocessing": dataclasses.asdict(contents.preprocessing),
+        "thresholds": contents.thresholds.to_json(),
+        "family": [thresholds.to_json() for thresholds in contents.family],
+        "batch_sizes": list(sizes),
+        "platforms": list(PLATFORMS),
+        "calling_convention_version": jax.export.maximum_supported_calling_convention_version,
+        "x64": any(weight.dtype == np.float64 for weight in weights.values()),
+        "stages": entries,
+    }
+    bundle.write(path, manifest, {bundle.WEIGHTS: _npz(weights), **members})
+
+
+def _programs(
+    name: str, program: Program, arguments: Mapping[int, Sequence[Any]], members: dict[str, bytes]
+) -> tuple[dict[str, Any], dict[int, Sequence[Any]]]:
+    """Add the program for each batch size to `members`; its entry, and the shapes it returns."""
+    weights = [jax.typeof(weight) for weight in program.weights]
+    entry: dict[str, Any] = {"weights": list(program.names), "programs": {}}
+    results = {}
+
+    def flat(*arrays):
+        return program.call(arrays[: len(weights)], arrays[len(weights) :])
+
+    for size, avals in arguments.items():
+        exported = jax.export.export(jax.jit(flat), platforms=PLATFORMS)(*weights, *avals)
+        file = f"programs/{name}_batch{size}.stablehlo"
+        members[file] = exported.mlir_module_serialized
+        entry["programs"][str(size)] = {
+            "file": file,
+            "inputs": [_described(aval) for aval in exported.in_avals],
+            "outputs": [_described(aval) for aval in exported.out_avals],
+            "kept": list(exported.module_kept_var_idx),
+            "uses_global_constants": exported.uses_global_constants,
+        }
+        results[size] = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals]
+    return entry, results
+
+
+def _described(aval: Any) -> tuple[str, list[int]]:
+    return str(aval.dtype), list(aval.shape)
+
+
+def _image(size: int, preprocessing: Preprocessing) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *preprocessing.image_shape), jnp.float32)
+
+
+def _npz(weights: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **weights)
+    return buffer.getvalue()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("dfs_jax", "jax", "jaxlib", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+# The command.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the command with arguments `argv`."""
+    from dfs_jax import command
+
+    parser = command.parser(__doc__)
+    command.add_workdir(parser)
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="file to write")
+    parser.add_argument("--step", default="latest", metavar="latest|best|N", help="checkpoint")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="B", help="images that run together, at most"
+    )
+    parser.add_argument(
+        "--score", choices=confidence.names(), help="what thresholds compare; default: max_softmax"
+    )
+    return command.run(parser, argv, lambda arguments, _: _export_workdir(arguments))
+
+
+def _export_workdir(arguments: argparse.Namespace) -> None:
+    from dfs_jax import command, experiment, flops, train
+    from dfs_jax.config import ConfigError
+    from dfs_jax.early_exit import stages
+
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    run = experiment.prepare(command.saved_config(arguments.workdir))
+    spec = run.data.spec
+    costs = flops.exit_costs(run.network, spec.image_shape).cumulative
+    step, state = train.restore(run, arguments.workdir, arguments.step)
+    chosen = _saved_thresholds(arguments.workdir, step, len(costs))
+    score = arguments.score or (chosen.confidence if chosen else "max_softmax")
+    if chosen and score != chosen.confidence:
+        raise ConfigError(
+            f"--score: the workdir's thresholds.json compares {chosen.confidence}, not {score}; "
+            "leave --score away, or evaluate again"
+        )
+    family = _family(run, state.variables, score, costs)
+    full = Thresholds(score, (NEVER,) * (len(costs) - 1) + (ALWAYS,), fitted_for="the last exit")
+    contents = Contents(
+        labels=spec.class_names,
+        costs=costs,
+        preprocessing=_preprocessing(run),
+        thresholds=chosen or (family[-1] if family else full),
+        family=family,
+        about={"network": run.config.model.name, "data": spec.name, "step": step},
+    )
+    variables = jax.device_get(state.variables)  # off the mesh: a program runs on one device
+    parts = stages.from_network(run.network, variables, spec.image_shape)
+    sizes = batch_sizes(arguments.batch_size)
+    try:
+        export(arguments.out, parts, contents, sizes)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {arguments.out}: {error.strerror}") from error
+    print(
+        f"{arguments.out}: {run.config.model.name} of step {step}, {len(costs)} exits, batches "
+        f"of {', '.join(map(str, sizes))}, thresholds for {len(family)} budgets"
+    )
+
+
+def _saved_thresholds(workdir: str, step: int, num_exits: int) -> Thresholds | None:
+    """The thresholds for a target that the evaluation left in the workdir, if it did."""
+    from etils import epath
+
+    from dfs_jax.config import ConfigError
+
+    saved = epath.Path(workdir) / "thresholds.json"
+    if not saved.exists():
+        return None
+    try:
+        thresholds = Thresholds.from_json(json.loads(saved.read_text()))
+        evaluated = json.loads((epath.Path(workdir) / "evaluation.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{saved} cannot be used: {error}; evaluate again") from error
+    if evaluated != step or len(thresholds.values) != num_exits:
+        raise ConfigError(
+            f"{saved} belongs to step {evaluated}, but step {step} is exported; evaluate again, "
+            "or remove it"
+        )
+    return thresholds
+
+
+def _family(run: Any, variables: Any, score: str, costs: Sequence[float]) -> tuple[Thresholds, ...]:
+    from dfs_jax import evaluate, sharding
+    from dfs_jax.early_exit import budget
+
+    if run.data.validation is None:
+        return ()
+    answer = evaluate.answerer(run.network, score, sharding.replicated(run.mesh))
+    answers = evaluate.answers(answer, variables, run.data.validation, sharding.batch(run.mesh))
+    return budget.family(score, answers.confidences, answers.correct, costs)
+
+
+def _preprocessing(run: Any) -> Preprocessing:
+    """What the run's own evaluation does to images."""
+    from dfs_jax.data import augment, in_memory
+
+    spec, in_full = run.data.spec, isinstance(run.data.test, in_memory.InMemoryEval)
+    side, _, channels = spec.image_shape
+    own = {"imagenet2012": "imagenet"}.get(spec.name, spec.name)
+    mean, std = augment.statistics(run.config, own, channels)
+    return Preprocessing(
+        spec.image_shape,
+        mean,
+        std,
+        short_side=0 if in_full else round(side * _SHORT_SIDE),
+        antialias=in_full or run.config.data.antialias,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
