@@ -15,7 +15,8 @@ and writes anytime.csv, budgeted.csv, calibration.csv, evaluation.json, plots of
 budgets.json: thresholds for any cost or accuracy (`early_exit.budget.family`). With a target it
 also writes the thresholds that meet it to thresholds.json: a mean cost per image (--budget 100e6
 multiply-adds), a validation accuracy in [0, 1], or an accuracy at most E below the full network's
-with probability D. Without a validation split there are no thresholds and no temperatures.
+with probability D. Without a validation split there are no thresholds and no temperatures; with
+`--split validation` they are shown on the very images they were fitted to.
 """
 
 import argparse
@@ -109,7 +110,10 @@ def answers(
     source: EvalSource,
     sharding: jax.sharding.NamedSharding,
 ) -> Answers:
-    """The answers to every example of `source`, in its order; all of them fit in memory."""
+    """The answers to every example of `source`, in its order.
+
+    All stay in memory: 1 GB for 50,000 images, 1,000 classes and 5 exits.
+    """
     counts, kept = [], []
     for batch_counts, mask, (labels, *by_exit) in _one_behind(answer, variables, source, sharding):
         counts.append(batch_counts)
@@ -180,8 +184,8 @@ def _evaluate_workdir(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--budget: {arguments.budget:.6g} is less than the first exit costs, {costs[0]:.6g}"
         )
-    out = evaluation_report.directory(arguments.out or arguments.workdir)
     step, state = train.restore(run, arguments.workdir, arguments.step)
+    out = evaluation_report.directory(arguments.out or arguments.workdir)
 
     answer = answerer(run.network, arguments.score, sharding.replicated(run.mesh))
     by_batch = sharding.batch(run.mesh)
