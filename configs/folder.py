@@ -1,0 +1,64 @@
+"""Own images: folders of JPEG or PNG files, or any image data set of TFDS by name.
+
+    python -m dfs_jax.main --config configs/folder.py --workdir DIR --config.data.dir=IMAGES
+    python -m dfs_jax.main --config configs/folder.py --workdir DIR \\
+        --config.data.name=tfds:oxford_flowers102
+
+IMAGES holds train/CLASS/*.jpg, and val and test likewise; with neither of these, as many images of
+train as data.validation_size are held out for testing and as many for validation. Where both
+val and test are there, data.validation_size=-1 takes val for validation. Presets, as a comma list
+of at most one network and one method, in any order:
+
+    resnet18 (default) ResNet18 for small images, four exits
+    msdnet             MSDNet for large images, five exits; sets data.image_size to 224
+    dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
+    joint              the summed loss of all exits
+"""
+
+from dfs_jax import config as base
+
+
+def get_config(preset: str | None = None):
+    """The configuration for `preset`, for instance "msdnet" or "resnet18,joint"."""
+    c = base.default()
+
+    c.data.name = "folder"
+    c.data.image_size = 64
+    c.data.crop_area = 0.25  # small sets: milder crops than ImageNet's
+    c.data.flip = True
+    c.data.normalization = "imagenet"
+    c.data.validation_size = 100
+    c.data.streams = 8  # the smallest set has eight training images
+
+    c.train.epochs = 90.0
+    c.train.batch_size = 64
+    c.train.eval_batch_size = 64
+
+    c.optimizer.learning_rate = 0.05
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_epochs = 2.0
+    c.optimizer.weight_decay = 5e-4
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=_METHODS)
+
+
+def _resnet18(c):
+    base.set_network(c, "resnet18_cifar100")
+
+
+def _msdnet(c):
+    base.set_network(c, "msdnet_imagenet")
+    c.data.image_size = 224
+
+
+def _dfs(c):
+    base.set_gradients(c, "joint")
+    c.surgery.partition = True
+
+
+def _joint(c):
+    base.set_gradients(c, "joint")
+    c.surgery.partition = False
+
+
+_NETWORKS = {"resnet18": _resnet18, "msdnet": _msdnet}
+_METHODS = {"dfs": _dfs, "joint": _joint}
