@@ -177,6 +177,7 @@ def _label(axes: Any, x: str, y: str) -> None:
     if low > 0 and high > 30 * low:  # published networks can cost far more than one's own
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel=y)
+    axes.margins(y=0.1)  # room for the numbers below the first exit
     axes.grid(alpha=0.3)
 
 
