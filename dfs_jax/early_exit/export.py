@@ -31,8 +31,6 @@ from dfs_jax.early_exit.stages import Program, Stage
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-_SHORT_SIDE = 256 / 224  # of an image over its centre crop, as data.decode evaluates
-
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -78,6 +76,11 @@ def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequen
         "stages": entries,
     }
     bundle.write(path, manifest, {bundle.WEIGHTS: _npz(weights), **members})
+
+
+def short_side(crop: int) -> int:
+    """Pixels of an image's short side before its centre crop of `crop`, as in `data.decode`."""
+    return round(crop * 256 / 224)
 
 
 def _programs(
@@ -234,7 +237,7 @@ def _preprocessing(run: Any) -> Preprocessing:
         spec.image_shape,
         mean,
         std,
-        short_side=0 if in_full else round(side * _SHORT_SIDE),
+        short_side=0 if in_full else short_side(side),
         antialias=in_full or run.config.data.antialias,
     )
 
