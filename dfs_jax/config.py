@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -195,6 +196,19 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     return c.lock()
 
 
+def load_module(file: str) -> ModuleType:
+    """The module of a configuration file; raises ConfigError if there is none."""
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {file!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {file!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def to_json(c: ml_collections.ConfigDict) -> str:
     """The configuration as the text of a workdir's `config.json`."""
     return json.dumps(c.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -255,14 +269,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _get_config(file: str, preset: str | None) -> ml_collections.ConfigDict:
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"--config: there is no file {file!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config: {file!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(file)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config: {file!r} has no function get_config(preset)")
     try:

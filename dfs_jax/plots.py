@@ -137,6 +137,20 @@ def reliability(
     return _png(figure)
 
 
+def accuracy_against_cost(
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+) -> bytes:
+    """One curve per (name, costs (N,), accuracies (N,)), exits from shallow to deep."""
+    figure, axes = _figure("test accuracy of every exit", wide=True)
+    unit, name = _unit([cost for _, costs, _ in curves for cost in costs])
+    for number, (label, costs, top1) in enumerate(curves):
+        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours, then the next line style
+        axes.plot(_in(costs, unit), _percent(top1), "o" + style, ms=4, label=label)
+    _label(axes, f"cost per image ({name} multiply-adds)", "accuracy (%)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    return _png(figure)
+
+
 def _bars(axes: Any, exit_: Reliability) -> None:
     # Nearly all answers of a good network are in the last bin; the others are mostly noise.
     for b, (count, accuracy) in enumerate(zip(exit_.count, exit_.accuracy, strict=True)):

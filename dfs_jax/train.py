@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dfs_jax import checkpoint, evaluate, experiment, freeze, metrics, report, sharding
+from dfs_jax import checkpoint, evaluate, experiment, flops, freeze, metrics, report, sharding
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
@@ -76,7 +76,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
                 report.describe(run, state.params, start, directory)
                 state = _loop(run, state, start, saver, writer, held_out)
             final = _test(run, state, writer)
-    print(report.final_table(run, final), flush=True)
+    if jax.process_index() == 0:
+        print(report.final_table(run, final), flush=True)
     return final
 
 
@@ -364,5 +365,9 @@ def _test(run: Run, state: TrainState, writer: metrics.MetricWriter) -> dict[str
     count = evaluate.counter(run.network, sharding.replicated(run.mesh))
     counts = evaluate.evaluate(count, state.variables, run.data.test, sharding.batch(run.mesh))
     scores = metrics.summarise(counts, "test")
+    for i, cost in enumerate(
+        flops.exit_costs(run.network, run.data.spec.image_shape).cumulative, 1
+    ):
+        scores[f"test/exit{i}/cost"] = cost
     writer.write(run.total_steps, scores)
     return scores
