@@ -35,10 +35,10 @@ from dfs_jax.early_exit.stages import Arrays, Program, Stage
 FORMAT = "dfs_jax early exit"
 VERSION = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.npz"
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of every member: equal contents give equal files
 
 _SEAL = b"sha256:"
 _SEAL_SIZE = len(_SEAL) + 64
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal contents give equal files
 
 
 class BundleError(ValueError):
@@ -238,7 +238,7 @@ def write(
         for name, content in {MANIFEST: text, **members}.items():
             # Weights do not get smaller, and dominate.
             method = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, method)
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), content, method)
         archive.comment = bytes(_SEAL_SIZE)
     body = buffer.getvalue()[:-_SEAL_SIZE]
     unfinished = f"{os.fspath(path)}.tmp"
@@ -269,7 +269,7 @@ def _verified(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     except Exception as error:
         raise BundleError("is not a zip file, or not the whole of it") from error
     if MANIFEST not in names:
-        raise BundleError(f"is not a bundle: it has no {MANIFEST}")
+        raise BundleError(f"is not a bundle, or not the whole of one: it has no {MANIFEST}")
     try:
         manifest = json.loads(_member(archive, MANIFEST))
         kind, version = manifest.get("format"), manifest.get("version")
@@ -293,7 +293,9 @@ def _verified(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         if hashlib.sha256(members[name]).hexdigest() != digest:
             raise BundleError(f"has a damaged member {name}: its SHA-256 differs")
     if data[-_SEAL_SIZE:] != _seal(data[:-_SEAL_SIZE]):
-        raise BundleError("is damaged, or was packed anew: the SHA-256 of the whole file differs")
+        raise BundleError(
+            "is damaged, cut off or packed anew: the SHA-256 of the whole file differs"
+        )
     return manifest, members
 
 
