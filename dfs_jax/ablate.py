@@ -128,6 +128,7 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         log.info("[%d/%d] %s", number, len(mine), cell.name)
         since = time.monotonic()
         try:
+            command.configure_jax(cell.config)
             train.train_and_evaluate(cell.config, str(place))
         except Exception as error:  # one bad run must not cost the night's others
             failed[cell.name] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -54,25 +55,39 @@ def run(
     for variable, quiet in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):
         os.environ.setdefault(variable, quiet)  # TensorFlow only reads and writes files here
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy, level in (("jax", logging.WARNING), ("absl", logging.ERROR)):  # absl: Orbax, clu
+    # absl is Orbax and clu. What goes wrong in a save is raised as well, and told in a sentence;
+    # Orbax would add the traceback of every thread, and asyncio those of the tasks left behind.
+    quiet = {"jax": logging.WARNING, "absl": logging.CRITICAL, "asyncio": logging.CRITICAL}
+    for noisy, level in quiet.items():
         logging.getLogger(noisy).setLevel(level)
+    sys.excepthook = _told
     try:
         config = None
         if getattr(arguments, "config", None) is not None:
             config = configuration.load(arguments.config, overrides)
-            _configure_jax(config)
+            configure_jax(config)
         elif overrides:
             raise ConfigError(f"--config.{overrides[0]} needs --config FILE")
         body(arguments, config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk, not a defect
+        print(f"error: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if type(error).__module__.split(".")[0] != "dfs_jax":
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _told(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    # TensorStore reports the futures of a failed save to an event loop that is gone; nobody
+    # waits for them. Such an error is raised in its own threads only, never to a caller.
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def saved_config(workdir: str) -> ml_collections.ConfigDict:
@@ -85,11 +100,12 @@ def saved_config(workdir: str) -> ml_collections.ConfigDict:
     config = workdirs.load(workdir)
     if config is None:
         raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
-    _configure_jax(config)
+    configure_jax(config)
     return config
 
 
-def _configure_jax(config: ml_collections.ConfigDict) -> None:
+def configure_jax(config: ml_collections.ConfigDict) -> None:
+    """Set what JAX must know before anything is computed: float64, the compilation cache."""
     import jax
 
     if config.train.precision == "float64":
