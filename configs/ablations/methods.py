@@ -1,0 +1,22 @@
+"""Every method of the published CIFAR-100 table on one recipe, three seeds each.
+
+    python -m dfs_jax.ablate --config configs/ablations/methods.py --workdir runs/methods
+
+On the `clean` double digits, which need no download; the same axes with `base="../cifar100.py"` are
+the published table's own setting (33 runs of 300 epochs: spread them with --shard K/N).
+"""
+
+from dfs_jax import presets
+from dfs_jax.ablate import Grid
+
+
+def get_grid() -> Grid:
+    """One axis: the method words of `dfs_jax/presets.py`."""
+    return Grid(
+        base="../double_digits.py",
+        axes={
+            "method": {word: [f"preset={word}"] for word in presets.METHODS},
+            "seeds": range(3),
+        },
+        baseline={"method": "joint"},
+    )
