@@ -23,6 +23,12 @@ def _digits(config: ml_collections.ConfigDict) -> Data:
     return digits.load(config)
 
 
+def _cifar(name: str, config: ml_collections.ConfigDict) -> Data:
+    from dfs_jax.data import cifar
+
+    return cifar.load(config, name)
+
+
 def _double_digits(variant: str, config: ml_collections.ConfigDict) -> Data:
     from dfs_jax.data import double_digits
 
@@ -48,6 +54,8 @@ def _named(config: ml_collections.ConfigDict) -> Data:
 
 
 _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
+    "cifar10": functools.partial(_cifar, "cifar10"),
+    "cifar100": functools.partial(_cifar, "cifar100"),
     "digits": _digits,
     "double_digits/clean": functools.partial(_double_digits, "clean"),
     "double_digits/hard": functools.partial(_double_digits, "hard"),

@@ -144,8 +144,11 @@ def _signed(operation: str, magnitude: float, mirrored: set[str]) -> list[Action
 
 def _apply(actions: tuple[Action, ...], rows: jax.Array, image: jax.Array) -> jax.Array:
     table = _table(actions, *image.shape[:2])
-    for row in rows:
-        image = image_ops.apply(table, row, image)
+
+    def operate(image: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        return image_ops.apply(table, row, image), None
+
+    image, _ = jax.lax.scan(operate, image, rows)
     return image
 
 

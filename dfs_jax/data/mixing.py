@@ -90,30 +90,31 @@ def draw(mixing: Mixing, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     Its mean is the share of its own label: what mixup draws from Beta(a, a), or what CutMix
     leaves uncovered by its rectangle (arXiv 1710.09412, equation 2; arXiv 1905.04899, section 3.1).
     """
-    whether, which, for_mixup, for_cutmix = jax.random.split(key, 4)
-    kept = jnp.ones(shape, jnp.float32)
-    if mixing.mixup:
-        kept = jnp.broadcast_to(_beta(for_mixup, mixing.mixup), shape)
-    if mixing.cutmix:
-        uncovered = _draw_uncovered(for_cutmix, mixing.cutmix, shape)
-        take = jax.random.bernoulli(which) if mixing.mixup else True
-        kept = jnp.where(take, uncovered, kept)
+    whether, which, share, place = jax.random.split(key, 4)
+    cut = jax.random.bernoulli(which, _cutmix_probability(mixing))
+    alpha = jnp.where(cut, mixing.cutmix or 1, mixing.mixup or 1)  # 1: never drawn from
+    share = jax.random.beta(share, alpha, alpha, dtype=jnp.float32)
+    kept = jnp.where(cut, _uncovered(place, share, shape), share)
     mixed = jax.random.uniform(whether, (), jnp.float32) < mixing.probability
     return jnp.where(mixed, kept, 1)
 
 
-def _draw_uncovered(key: jax.Array, alpha: float, shape: tuple[int, int]) -> jax.Array:
-    area, place = jax.random.split(key)
-    side = jnp.sqrt(1 - _beta(area, alpha))
-    # Where the rectangle reaches over the edge, less than the drawn area is covered.
+def _cutmix_probability(mixing: Mixing) -> float:
+    if mixing.mixup and mixing.cutmix:
+        return 0.5
+    return 1.0 if mixing.cutmix else 0.0
+
+
+def _uncovered(key: jax.Array, share: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """1 (H, W) float32 outside a rectangle of area 1 - share about a uniform centre, 0 inside.
+
+    Where the rectangle reaches over the edge, less is covered.
+    """
+    side = jnp.sqrt(1 - share)
     covered = []
-    for length, where in zip(shape, jax.random.split(place), strict=True):
+    for length, where in zip(shape, jax.random.split(key), strict=True):
         half = (length * side).astype(jnp.int32) // 2
         centre = jax.random.randint(where, (), 0, length, dtype=jnp.int32)
         pixels = jnp.arange(length, dtype=jnp.int32)
         covered.append((pixels >= centre - half) & (pixels < centre + half))
     return 1 - (covered[0][:, None] & covered[1]).astype(jnp.float32)
-
-
-def _beta(key: jax.Array, alpha: float) -> jax.Array:
-    return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
