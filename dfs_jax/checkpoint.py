@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -278,8 +279,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         # full disk full: a new manager reads the one and removes the other.
         with contextlib.suppress(Exception):
             self._manager.close()
+        for thread in threading.enumerate():  # the first error does not stop the other writers
+            if type(thread).__module__.startswith("orbax."):
+                with contextlib.suppress(Exception):  # Orbax's own `join` raises the thread's error
+                    thread.join(_PATIENCE_SECONDS)
         self._scores.pop(step, None)
-        self._manager = self._open()
+        with contextlib.suppress(OSError):  # out of reach: the next save tries again
+            self._manager = self._open()
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {reason}"
         ) from failure

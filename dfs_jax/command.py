@@ -60,7 +60,7 @@ def run(
     quiet = {"jax": logging.WARNING, "absl": logging.CRITICAL, "asyncio": logging.CRITICAL}
     for noisy, level in quiet.items():
         logging.getLogger(noisy).setLevel(level)
-    sys.excepthook = _told
+    sys.unraisablehook = _unraisable
     try:
         config = None
         if getattr(arguments, "config", None) is not None:
@@ -83,11 +83,11 @@ def run(
     return 0
 
 
-def _told(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    # TensorStore reports the futures of a failed save to an event loop that is gone; nobody
-    # waits for them. Such an error is raised in its own threads only, never to a caller.
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, traceback)
+def _unraisable(told: Any) -> None:
+    # TensorStore reports the futures of a failed save to an event loop that is gone, where
+    # nobody waits for them.
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)
 
 
 def saved_config(workdir: str) -> ml_collections.ConfigDict:

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sharding.start_processes(
             arguments.coordinator, arguments.num_processes, arguments.process_id
         )
-        train.train_and_evaluate(config, arguments.workdir)
+        with sharding.ending_together():
+            train.train_and_evaluate(config, arguments.workdir)
 
     return command.run(parser, argv, run)
 

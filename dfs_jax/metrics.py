@@ -9,9 +9,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -35,10 +36,13 @@ class MetricWriter:
     file, whatever is written again after a resume. JSON has no NaN and no infinity: these are
     written as null, and `read_metrics` reads null as NaN. In processes other than 0 every
     method does nothing.
+
+    A disk that is full or out of reach does not end a run: what cannot be written is kept in
+    memory, with one warning, and written at the next opportunity.
     """
 
     def __init__(self, workdir: epath.PathLike, *, start_step: int = 0, tensorboard: bool = True):
-        """Opens the file; lines with a step beyond `start_step`, and torn ones, are removed.
+        """Reads the file; lines with a step beyond `start_step`, and torn ones, are removed.
 
         Args:
           workdir: created if need be.
@@ -55,12 +59,14 @@ class MetricWriter:
         self._written: dict[int, set[str]] = {}
         for record in kept:
             self._written.setdefault(record["step"], set()).update(record)
-        temporary = path.parent / f"{path.name}.tmp"
-        temporary.write_text("".join(_line(record) for record in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        text = "".join(_line(record) for record in kept).encode()
+        if not path.exists() or path.read_bytes() != text:
+            temporary = path.parent / f"{path.name}.tmp"
+            temporary.write_bytes(text)
+            temporary.replace(path)
+        self._lines = _Appending(path, len(text))
         if tensorboard:
-            self._events = _event_writer(path.parent)
+            self._events = _Events.create(path.parent)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -69,9 +75,10 @@ class MetricWriter:
         self.close()
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes one line, on disk when this returns; values are numbers or 0-d arrays.
+        """Writes one line, which the file has when this returns unless the disk is full.
 
-        Names that were recorded for this step already are left out.
+        Values are numbers or 0-d arrays. Names that were recorded for this step already are left
+        out.
         """
         if not self._primary:
             return
@@ -81,18 +88,114 @@ class MetricWriter:
         if not new:
             return
         seen.update(new)
-        self._file.write(_line({"step": step, **new}))
-        self._file.flush()
+        self._lines.append(_line({"step": step, **new}))
         if self._events is not None:
-            self._events.write_scalars(step, new)
+            self._events.append((step, new))
 
     def close(self) -> None:
-        """Closes the file and writes out the events."""
+        """Writes out what is left; a disk that is still full is a warning."""
         if not self._primary:
             return
-        self._file.close()
+        self._lines.close()
         if self._events is not None:
             self._events.close()
+
+
+class _Patient:
+    """Writes items in order; those that a failure keeps out wait for the next call."""
+
+    def __init__(self, name: Any):
+        self._name = name
+        self._waiting: list[Any] = []
+        self._failing = False
+
+    def append(self, item: Any) -> None:
+        self._waiting.append(item)
+        self._write_waiting()
+
+    def close(self) -> None:
+        self._write_waiting()
+        if self._waiting:
+            _log.warning("The last %d records are missing in %s.", len(self._waiting), self._name)
+
+    def _write_waiting(self) -> None:
+        try:
+            self._write(self._waiting)
+        except Exception as error:  # OSError, or TensorFlow's own classes
+            if not self._failing:
+                reason = getattr(error, "strerror", None) or type(error).__name__
+                _log.warning(
+                    "%s cannot be written (%s); metrics are kept in memory until it can.",
+                    self._name,
+                    reason,
+                )
+            self._failing = True
+            return
+        if self._failing:
+            _log.info("%s can be written again; nothing is missing.", self._name)
+        self._waiting, self._failing = [], False
+
+    def _write(self, items: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+
+class _Appending(_Patient):
+    """Lines at the end of a file of `size` bytes."""
+
+    def __init__(self, path: epath.Path, size: int):
+        super().__init__(path)
+        self._path, self._size = path, size
+
+    def _write(self, items: Sequence[str]) -> None:
+        data = "".join(items).encode()
+        try:
+            with self._path.open("ab") as file:
+                file.write(data)
+        except Exception:
+            # A full disk takes the beginning of a line. (On gs:// files change as a whole.)
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, self._size)
+            raise
+        self._size += len(data)
+
+
+class _Events(_Patient):
+    """Scalars (step, {name: value}) in TensorBoard files."""
+
+    @classmethod
+    def create(cls, workdir: epath.Path) -> "_Events | None":
+        """None, with a note, where clu or TensorFlow is missing."""
+        try:
+            import tensorflow as tf
+            from clu import metric_writers
+        except ImportError as error:
+            _log.warning("No TensorBoard events are written: %s.", error)
+            return None
+        # TensorFlow would otherwise take most of the GPU's memory. It refuses once it is in use.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], "GPU")
+        return cls(workdir, metric_writers.SummaryWriter)
+
+    def __init__(self, workdir: epath.Path, writer: Callable[[str], Any]):
+        super().__init__("the TensorBoard events")
+        self._workdir, self._writer = workdir, writer
+        self._open: Any = None
+
+    def close(self) -> None:
+        super().close()
+        with contextlib.suppress(Exception):
+            self._open.close()
+
+    def _write(self, items: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        try:
+            if self._open is None:
+                self._open = self._writer(str(self._workdir))
+            for step, scalars in items:
+                self._open.write_scalars(step, scalars)
+            self._open.flush()
+        except Exception:
+            self._open = None  # what was torn stays in the old file, which readers skip
+            raise
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -138,19 +241,6 @@ def _is_finite(value: Any) -> bool:
 def _number(value: Any) -> int | float:
     value = np.asarray(value).item()
     return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
-
-
-def _event_writer(workdir: epath.Path) -> Any:
-    try:
-        import tensorflow as tf
-        from clu import metric_writers
-    except ImportError as error:
-        _log.warning("No TensorBoard events are written: %s.", error)
-        return None
-    # TensorFlow would otherwise take most of the GPU's memory. It refuses once it is in use.
-    with contextlib.suppress(RuntimeError):
-        tf.config.set_visible_devices([], "GPU")
-    return metric_writers.SummaryWriter(str(workdir))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,12 +27,19 @@ class TrainingError(RuntimeError):
 
 
 def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
-    """Tell what will be trained on what, and list the parameters in the workdir."""
+    """Tell what will be trained on what, and list the parameters in the workdir.
+
+    Process 0 speaks for all.
+    """
     from clu import parameter_overview
 
-    if jax.process_index() == 0:
-        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    if jax.process_index() != 0:
+        return
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    try:
         (directory / _PARAMETERS).write_text(overview + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", directory / _PARAMETERS, error.strerror)
     spec = run.data.spec
     height, width, channels = spec.image_shape
     log.info(

@@ -4,11 +4,12 @@ How a checkpoint is written, verified and kept is `checkpoint.py`'s; the trainin
 after every step.
 """
 
+import contextlib
 import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dfs_jax.checkpoint import Checkpointer
+from dfs_jax.checkpoint import Checkpointer, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -72,54 +73,42 @@ class Saves:
     def save(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
         """Start saving `state`; a failure, of this save or of the one before, is reported."""
         self._last = time.monotonic()
-        try:
-            self._try(step, state, scores)
-        except Exception as error:  # whatever Orbax and the file system raise
-            log.warning(
-                "the checkpoint of step %d could not be saved (%s); training goes on, and the "
-                "newest checkpoint is that of step %s",
-                step,
-                _first_line(error),
-                self._saver.latest_step(),
-            )
+        with self._reported():
+            self._saver.wait()
+        with self._reported():
+            self._saver.save(step, state, {"step": step}, scores)
 
     def finish(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
         """Save the last state and wait for it, several times if need be; raises SavingError."""
-        for attempt in range(1, _TRIES + 1):
+        with self._reported():
+            self._saver.wait()
+        for left in reversed(range(_TRIES)):
             try:
-                self._try(step, state, scores)
+                self._saver.save(step, state, {"step": step}, scores)
                 self._saver.wait()
                 return
-            except Exception as error:
-                reason = _first_line(error)
-                log.warning(
-                    "the last checkpoint, of step %d, could not be saved (%s), try %d of %d",
-                    step,
-                    reason,
-                    attempt,
-                    _TRIES,
-                )
-                if attempt < _TRIES:
-                    time.sleep(_PAUSE)
+            except CheckpointError as error:
+                failure = error
+            if left:
+                log.warning("%s; it is tried again, up to %d times", failure, left)
+                time.sleep(_PAUSE)
         raise SavingError(
-            f"the state of step {step} could not be saved ({reason}); the newest checkpoint is "
-            f"that of step {self._saver.latest_step()}, from which the same command goes on"
-        )
+            f"{failure}; the newest checkpoint is that of step {self._saver.latest_step()}, from "
+            "which the same command goes on"
+        ) from failure
 
     def close(self) -> None:
         """Give the signal back to whoever had it."""
         if hasattr(self, "_before"):
             signal.signal(signal.SIGTERM, self._before)
 
-    def _try(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
         try:
-            self._saver.save(step, state, {"step": step}, scores)
-        except (OSError, ValueError, RuntimeError) as error:
-            # What is raised first is the failure of the save before, in the background.
-            log.warning("a checkpoint could not be written: %s", _first_line(error))
-            self._saver.save(step, state, {"step": step}, scores)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+            yield
+        except CheckpointError as error:
+            log.warning(
+                "%s; training goes on, and the newest checkpoint is that of step %s",
+                error,
+                self._saver.latest_step(),
+            )

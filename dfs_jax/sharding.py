@@ -6,9 +6,13 @@ decided by the training loop, with the functions here; nothing else in the packa
 device.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,8 +24,13 @@ from dfs_jax.config import ConfigError
 # Every device works on examples of its own, so both axes cut the batch.
 BATCH_AXES = ("data", "fsdp")
 
-# A peer that says nothing for so long is taken for dead, and the process ends.
+# A process that says nothing for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 10
+# How long a process that is done waits for the others.
+_SHUTDOWN_SECONDS = 30
+
+# Words of the errors that collectives raise when another process is gone.
+_LOST = ("gloo", "connection", "peer", "unavailable", "heartbeat", "coordination", "deadline")
 
 
 def start_processes(
@@ -35,6 +44,10 @@ def start_processes(
     joining is raised. Raises ConfigError if only some are given or they do not fit.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
+    patience = {
+        "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+    }
     if any(given) and not all(given):
         raise ConfigError(
             "--coordinator, --num-processes and --process-id belong together; give all or none"
@@ -48,14 +61,39 @@ def start_processes(
         if ":" not in coordinator:
             raise ConfigError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
         if num_processes > 1:
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            )
+            jax.distributed.initialize(coordinator, num_processes, process_id, **patience)
     elif _in_cluster():
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**patience)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Ends this process at once, with status 1, when it cannot go on with the others.
+
+    That is when another one has died, which gets one sentence, and when something unexpected
+    happens here, which shows its traceback. Python's usual end would first wait for all of the
+    processes. A refusal or an end that all of them reach alike takes its usual way, and so does
+    everything in a run of one process.
+    """
+    try:
+        yield
+    except Exception as error:
+        alike = type(error).__module__.split(".")[0] == "dfs_jax"
+        if jax.process_count() == 1 or alike:
+            raise
+        text = str(error).lower()
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(w in text for w in _LOST):
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} ends, for another "
+                "one has died or cannot be reached; the same command goes on from the newest "
+                "checkpoint, also with another number of processes",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _in_cluster() -> bool:

@@ -88,8 +88,9 @@ while ((${#left[@]})); do
       running+=("$pid")
     else
       code=0
-      wait "$pid" || code=$?
+      wait "$pid" 2>/dev/null || code=$? # without the shell's own notice of a kill
       if ((code && !status)); then
+        echo "launch/local.sh: a process ended with status $code; all of them end" >&2
         status=$code
         deadline=$((SECONDS + GRACE_SECONDS))
       fi
@@ -97,7 +98,7 @@ while ((${#left[@]})); do
   done
   left=(${running[@]+"${running[@]}"})
   if [[ -n $deadline ]] && ((${#left[@]} && SECONDS >= deadline)); then
-    echo "launch/local.sh: a process has failed and ${#left[@]} did not follow; killed" >&2
+    echo "launch/local.sh: ${#left[@]} did not end within $GRACE_SECONDS s and are killed" >&2
     end_all KILL
     deadline=
   fi

@@ -11,7 +11,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dfs_jax import checkpoint
 from dfs_jax.checkpoint import Checkpointer, CheckpointError
 
 # TensorStore leaves futures behind when it meets a damaged file.
