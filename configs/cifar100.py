@@ -14,6 +14,8 @@ method, in any order:
     dfs_all            the same, every exit training all of its channels: what the published
                        numbers of MSDNet come from
     joint              deep supervision: the summed cross-entropy of all exits, nothing else
+    byot               joint training with distillation from the last exit (arXiv 1905.08094)
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
 
 5,000 training images are held out to choose thresholds and the best checkpoint. What differs from
 the official code, and how to have it as there:
@@ -24,6 +26,7 @@ the official code, and how to have it as there:
 """
 
 from dfs_jax import config as base
+from dfs_jax.presets import METHODS
 
 
 def get_config(preset: str | None = None):
@@ -75,23 +78,34 @@ def _strong_augmentation(c):
     c.data.cutout = 16
 
 
-def _dfs(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = True
+def _byot(c):
+    METHODS["joint"](c)
+    c.model.options.adapters = True
+    c.objective.logit_weight = 0.3
+    c.objective.temperature = 3.0
+    c.objective.feature_weight = 0.03
 
 
-def _dfs_all(c):
-    _dfs(c)
-    c.surgery.exit_gradient = "all"
+def _without_distillation(method):
+    """`method` on the cross-entropy alone; nothing would train the adapters."""
 
+    def apply(c):
+        method(c)
+        c.model.options.adapters = False
+        c.objective.logit_weight = 0.0
+        c.objective.feature_weight = 0.0
 
-def _joint(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = False
-    c.objective.logit_weight = 0.0
-    c.objective.feature_weight = 0.0
-    c.model.options.adapters = False  # without feature distillation nothing trains them
+    return apply
 
 
 _NETWORKS = {"msdnet": _msdnet, "resnet18": _resnet18, "vgg7": _vgg7}
-_METHODS = {"dfs": _dfs, "dfs_all": _dfs_all, "joint": _joint}
+_METHODS = {
+    "dfs": METHODS["dfs"],
+    "dfs_all": METHODS["dfs_all"],
+    "byot": _byot,
+    **{
+        word: _without_distillation(method)
+        for word, method in METHODS.items()
+        if not word.startswith("dfs")
+    },
+}

@@ -9,9 +9,11 @@ method, in any order:
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
     joint              the summed loss of all exits
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
 """
 
 from dfs_jax import config as base
+from dfs_jax.presets import METHODS
 
 
 def get_config(preset: str | None = None):
@@ -33,27 +35,11 @@ def get_config(preset: str | None = None):
     c.train.eval_every = 100
     c.train.checkpoint_every = 100
     c.train.log_every = 50
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=_METHODS)
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
 
 
 def _msdnet(c):
     base.set_network(c, "msdnet_digits")
 
 
-def _dfs(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = True
-
-
-def _dfs_all(c):
-    _dfs(c)
-    c.surgery.exit_gradient = "all"
-
-
-def _joint(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = False
-
-
 _NETWORKS = {"msdnet": _msdnet}
-_METHODS = {"dfs": _dfs, "dfs_all": _dfs_all, "joint": _joint}

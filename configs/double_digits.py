@@ -16,9 +16,11 @@ Presets, as a comma list of at most one network and one method, in any order:
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
     joint              the summed loss of all exits
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
 """
 
 from dfs_jax import config as base
+from dfs_jax.presets import METHODS
 
 
 def get_config(preset: str | None = None):
@@ -39,7 +41,7 @@ def get_config(preset: str | None = None):
     c.train.eval_every = 250
     c.train.checkpoint_every = 250
     c.train.log_every = 50
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=_METHODS)
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
 
 
 def _vgg7(c):
@@ -54,20 +56,4 @@ def _resnet18(c):
     base.set_network(c, "resnet18_cifar100", width=16)
 
 
-def _dfs(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = True
-
-
-def _dfs_all(c):
-    _dfs(c)
-    c.surgery.exit_gradient = "all"
-
-
-def _joint(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = False
-
-
 _NETWORKS = {"vgg7": _vgg7, "msdnet": _msdnet, "resnet18": _resnet18}
-_METHODS = {"dfs": _dfs, "dfs_all": _dfs_all, "joint": _joint}

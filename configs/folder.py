@@ -13,9 +13,11 @@ of at most one network and one method, in any order:
     msdnet             MSDNet for large images, five exits; sets data.image_size to 224
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     joint              the summed loss of all exits
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
 """
 
 from dfs_jax import config as base
+from dfs_jax.presets import METHODS
 
 
 def get_config(preset: str | None = None):
@@ -38,7 +40,7 @@ def get_config(preset: str | None = None):
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_epochs = 2.0
     c.optimizer.weight_decay = 5e-4
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=_METHODS)
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
 
 
 def _resnet18(c):
@@ -50,15 +52,4 @@ def _msdnet(c):
     c.data.image_size = 224
 
 
-def _dfs(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = True
-
-
-def _joint(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = False
-
-
 _NETWORKS = {"resnet18": _resnet18, "msdnet": _msdnet}
-_METHODS = {"dfs": _dfs, "joint": _joint}

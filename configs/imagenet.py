@@ -15,12 +15,14 @@ Arguments, as a comma list of at most one network and one method, in any order:
     dfs_all            the same, every exit training all of its channels: what the published
                        numbers of MSDNet and ViT come from
     joint              the summed loss of all exits
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
 
 Of the training images 50,000 are held out, to choose checkpoints and exit thresholds; the
 official validation set is the test set. Recipes: arXiv 2407.13986 and its official scripts.
 """
 
 from dfs_jax import config as base
+from dfs_jax.presets import METHODS
 
 
 def get_config(preset: str | None = None):
@@ -42,7 +44,7 @@ def get_config(preset: str | None = None):
     c.optimizer.schedule = "multistep"
     c.optimizer.milestones = (70, 80, 85)
     c.optimizer.weight_decay = 0.0
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=_METHODS)
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
 
 
 def _msdnet(c):
@@ -64,20 +66,4 @@ def _vit_tiny(c):
     c.optimizer.clip_norm = 1.0
 
 
-def _dfs(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = True
-
-
-def _dfs_all(c):
-    _dfs(c)
-    c.surgery.exit_gradient = "all"
-
-
-def _joint(c):
-    base.set_gradients(c, "joint")
-    c.surgery.partition = False
-
-
 _NETWORKS = {"msdnet": _msdnet, "vgg16": _vgg16, "vit_tiny": _vit_tiny}
-_METHODS = {"dfs": _dfs, "dfs_all": _dfs_all, "joint": _joint}
