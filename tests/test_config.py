@@ -19,7 +19,8 @@ def presets():
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             continue
-        words = [*getattr(module, "_NETWORKS", ()), *getattr(module, "_METHODS", ())]
+        methods = getattr(module, "_METHODS", getattr(module, "METHODS", ()))
+        words = [*getattr(module, "_NETWORKS", ()), *methods]
         yield from (f"{file}:{word}" for word in ["", *words])
 
 
