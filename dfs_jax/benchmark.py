@@ -1,10 +1,11 @@
 """How fast the input of a configuration is, and whether its training step has to wait for it.
 
     python -m dfs_jax.benchmark --config FILE[:preset] --input_only [--batches N] [--steps N]
-        [--out FILE]
+        [--start STEP] [--out FILE]
 
 Three figures: batches alone, the training step alone (on one batch again and again), and both
-together, as training runs them. Nothing is written but the table and `--out`.
+together, as training runs them. With `--start`, how long a run that goes on at that step waits for
+its first batch. Nothing is written but the table and `--out`.
 """
 
 import argparse
@@ -59,13 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=_count, default=10, metavar="N", help="training steps to measure; 0: none"
     )
+    parser.add_argument(
+        "--start", type=_count, default=0, metavar="STEP", help="the first batch's step"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
     return command.run(parser, argv, _report_input)
 
 
 def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     run = experiment.prepare(config)
-    paces = measure_input(run, arguments.batches, arguments.steps)
+    first, paces = measure_input(run, arguments.batches, arguments.steps, arguments.start)
     print(sharding.describe(run.mesh))
     print(f"{run.data.spec.name}, batches of {config.train.batch_size}, {config.model.name}\n")
     rows = [
@@ -78,23 +82,33 @@ def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDi
         for name, pace in paces.items()
     ]
     print(metrics.format_table(rows, ("", "images/s", "ms per batch", "waiting for data")))
+    print(f"\nthe first batch, of step {arguments.start}, came after {first:.1f} s")
     if arguments.out is not None:
-        arguments.out.write_text(
-            json.dumps(_as_json(arguments.config, run, paces), indent=2) + "\n"
-        )
+        figures = _as_json(arguments, run, first, paces)
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def measure_input(run: Run, batches: int, steps: int) -> dict[str, Pace]:
-    """The pace of `input` alone and, where `steps` is above 0, of the `step` alone and `both`."""
+def measure_input(
+    run: Run, batches: int, steps: int, start: int = 0
+) -> tuple[float, dict[str, Pace]]:
+    """Seconds until the batch of step `start` came, and the paces.
+
+    These are of the `input` alone and, where `steps` is above 0, of the `step` alone and `both`.
+    """
     by_batch = sharding.batch(run.mesh)
-    paces = {"input": _time_input(run.data.train.batches(0, by_batch), batches)}
+    began = time.perf_counter()
+    source = run.data.train.batches(start, by_batch)
+    jax.block_until_ready(next(source))
+    first = time.perf_counter() - began
+    paces = {"input": _time_input(source, batches)}
+    del source  # what it reads ahead would slow the steps down
     if steps:
         step, state = train.make_train_step(run), train.initial_state(run)
         source = run.data.train.batches(0, by_batch)
         same = next(source)
         state, paces["step"] = _time_steps(step, state, iter(lambda: same, None), steps)
         state, paces["both"] = _time_steps(step, state, source, steps)
-    return paces
+    return first, paces
 
 
 def _time_input(source: Iterator[Batch], batches: int) -> Pace:
@@ -126,14 +140,18 @@ def _time_steps(step, state: Any, source: Iterator[Batch], steps: int) -> tuple[
     return state, Pace(steps, len(batch["image"]), seconds, waited)
 
 
-def _as_json(config: str, run: Run, paces: dict[str, Pace]) -> dict[str, Any]:
+def _as_json(
+    arguments: argparse.Namespace, run: Run, first: float, paces: dict[str, Pace]
+) -> dict[str, Any]:
     return {
-        "config": config,
+        "config": arguments.config,
         "data": run.data.spec.name,
         "network": run.config.model.name,
         "batch_size": run.config.train.batch_size,
         "devices": sharding.describe(run.mesh),
         "jax": jax.__version__,
+        "start": arguments.start,
+        "first_batch_seconds": first,
         **{
             name: {
                 "images_per_second": pace.images_per_second,

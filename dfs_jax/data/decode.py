@@ -162,4 +162,6 @@ def _decode_any(encoded: "tf.Tensor") -> "tf.Tensor":
 def _options(tf) -> "tf.data.Options":
     options = tf.data.Options()
     options.deterministic = True
+    # Its thread is not needed, as every width is given, and complains when an iterator ends early.
+    options.autotune.enabled = False
     return options

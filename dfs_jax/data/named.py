@@ -6,6 +6,7 @@ files they are read by tf.data, as ARRAY_RECORD files by Grain.
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from dfs_jax.data.records import Files, Records, TFRecords, first_missing
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
+log = logging.getLogger(__name__)
 
 PREFIX = "tfds:"
 
@@ -38,6 +41,8 @@ def load(config: ml_collections.ConfigDict) -> Data:
             f"data.name {config.data.name!r} needs a split 'train' and a split 'test' or "
             f"'validation'; it has {', '.join(splits) or 'none'}"
         )
+    if builder.info.disable_shuffling and config.data.validation_size > 0:
+        log.warning("%s is stored as it was made: held-out examples may be of few classes", name)
     own = "validation" if test == "test" and "validation" in splits else None
     return streaming.create(
         config,

@@ -49,7 +49,7 @@ def instructions(builder: "tfds.core.DatasetBuilder", file_format: str) -> str:
     run += f" --file_format={file_format}" if file_format != "tfrecord" else ""
     archives = [
         f"{_file_name(url, info)} ({int(info.size):,} bytes, SHA-256 {info.checksum}, {url})"
-        for url, info in builder.url_infos.items()
+        for url, info in (builder.url_infos or {}).items()
     ]
     first = f"{builder.name} is not prepared in {place}; "
     if not archives:

@@ -225,4 +225,6 @@ def _first_record_reads(path: "tf.Tensor") -> "tf.Tensor":
 def _fold_in(key: "tf.Tensor", number: "tf.Tensor") -> "tf.Tensor":
     import tensorflow as tf
 
-    return tf.random.experimental.stateless_fold_in(key, number)
+    # TensorFlow's own folding leaves one half of the key without the number.
+    folded = tf.random.experimental.stateless_fold_in(key, number)
+    return tf.random.stateless_uniform((2,), folded, minval=None, maxval=None, dtype=tf.int64)
