@@ -255,7 +255,7 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
         import sys
         import jax, numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        from dfs_jax import config
+        from dfs_jax import config, data
         rank, port, out, root = int(sys.argv[1]), *sys.argv[2:]
         if rank < 2:
             jax.distributed.initialize(f"localhost:{port}", 2, rank)
