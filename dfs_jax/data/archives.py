@@ -16,18 +16,20 @@ from dfs_jax.data.pipeline import DataError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-_SECONDS = 3.0  # within which a server must answer
+_SECONDS = 2.5  # within which a server must answer
 
 
-def check(builder: "tfds.core.DatasetBuilder", downloads: str) -> None:
+def check(builder: "tfds.core.DatasetBuilder", downloads: str, manual: str | None = None) -> None:
     """Make sure that each archive of `builder` is at hand or that its server answers.
 
-    An archive is taken from the folder `manual` of `downloads`, where the user puts it, or from
-    what TFDS downloaded there before. Raises DataError: for a file in `manual` that is not the
-    published one, and, with all that is needed to get it by hand, for one that cannot be had.
+    An archive is taken from `manual`, where the user puts it (None: the folder of that name in
+    `downloads`), or from what TFDS downloaded before. Raises DataError: for a file in `manual`
+    that is not the published one, and, with all that is needed to get it by hand, for one that
+    cannot be had.
     """
+    manual = manual or os.path.join(downloads, "manual")
     for url, info in (builder.url_infos or {}).items():
-        by_hand = os.path.join(downloads, "manual", info.filename or os.path.basename(url))
+        by_hand = os.path.join(manual, info.filename or os.path.basename(url))
         if os.path.exists(by_hand):
             _verify(by_hand, url, info)
         elif not _downloaded(downloads, info.size):

@@ -86,7 +86,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if builder.name == imagenet.NAME:
             imagenet.verify(by_hand, partial=arguments.partial)
         else:
-            archives.check(builder, os.path.join(data_dir, "downloads"))
+            archives.check(builder, os.path.join(data_dir, "downloads"), by_hand)
         prepared.hide_accelerators()
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(

@@ -19,7 +19,7 @@ from tensorflow_datasets.core.download import checksums
 
 from dfs_jax import config, data, main
 from dfs_jax.config import ConfigError
-from dfs_jax.data import augment, pipeline
+from dfs_jax.data import augment, pipeline, prepare
 
 SIZES = {"train": 90, "test": 30}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -158,6 +158,18 @@ def test_an_archive_that_is_not_the_published_one(conf, archive, tmp_path):
         assert list(tmp_path.iterdir()) == [tmp_path / "downloads"]
     copy.write_bytes(content)
     assert data.create(conf).train.size == 70
+
+
+def test_the_command_that_prepares_takes_the_archive_from_any_place(
+    archive, tmp_path, network, capsys
+):
+    network.raises = OSError("unreachable")
+    command = ["cifar100", "--data_dir", str(tmp_path), "--manual_dir"]
+    assert prepare.main([*command, str(tmp_path)]) == 2
+    assert "no connection to www.cs.toronto.edu" in capsys.readouterr().err
+    assert prepare.main([*command, str(archive.parent)]) == 0
+    assert "cifar100/3.0.2 is prepared in" in capsys.readouterr().out
+    assert (tmp_path / "cifar100" / "3.0.2").is_dir()
 
 
 def test_what_was_downloaded_before_needs_no_network(

@@ -29,9 +29,11 @@ def batch(size=5, classes=4):
 @pytest.mark.parametrize("chosen", [Mixing(mixup=0.5), Mixing(cutmix=1.0)])
 def test_images_and_labels_are_mixed_alike(chosen):
     images, labels = batch()
+    draw = jax.jit(lambda key: mixing.draw(chosen, key, SHAPE))
+    apply = jax.jit(lambda key: mixing.apply(chosen, key, jnp.asarray(images), labels, 4))
     for key in KEYS[:4]:
-        own = np.asarray(mixing.draw(chosen, key, SHAPE), np.float64)
-        found, targets = mixing.apply(chosen, key, jnp.asarray(images), jnp.asarray(labels), 4)
+        own = np.asarray(draw(key), np.float64)
+        found, targets = apply(key)
         partner = [1, 2, 3, 4, 0]
         weights = own[..., None]
         expected = weights * images + (1 - weights) * images[partner]
@@ -43,7 +45,7 @@ def test_images_and_labels_are_mixed_alike(chosen):
         assert targets.dtype == found.dtype == np.float32
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.2, 2.0])
 def test_shares_of_mixup_are_from_a_beta_distribution(alpha):
     kept = shares(Mixing(mixup=alpha))
     assert (kept == kept[:, :1, :1]).all()
@@ -83,46 +85,35 @@ def test_one_of_two_methods_and_the_share_of_batches():
 
 def test_a_batch_that_is_not_mixed_is_left_alone():
     images, labels = batch()
-    key = next(k for k in KEYS if (mixing.draw(Mixing(1.0, 0.0, 0.5), k, SHAPE) == 1).all())
-    found, targets = mixing.apply(Mixing(1.0, 0.0, 0.5), key, images, jnp.asarray(labels), 4)
+    never = Mixing(mixup=1.0, probability=0.0)
+    apply = jax.jit(lambda key: mixing.apply(never, key, jnp.asarray(images), labels, 4))
+    found, targets = apply(KEYS[0])
     np.testing.assert_array_equal(found, images)
     np.testing.assert_array_equal(targets, np.eye(4)[labels])
 
 
-def take(conf, arrays, start, count, devices=None):
-    found = in_memory.create(
-        conf, name="made", train=arrays, validation=None, test=arrays, class_names=list("abcd")
-    )
-    sharding = None
-    if devices:
-        mesh = jax.make_mesh(
-            (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-        )
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
+def take(source, start, count, sharding=None):
     with jax.transfer_guard("disallow"):
-        batches = list(itertools.islice(found.train.batches(start, sharding), count))
+        batches = list(itertools.islice(source.batches(start, sharding), count))
     return [jax.tree.map(np.asarray, each) for each in batches]
 
 
 def test_batches_depend_on_seed_and_step_alone(conf):
-    conf.data.update(mixup=0.4, cutmix=1.0, normalization="cifar10", flip=True)
+    conf.data.update(mixup=0.4, cutmix=1.0, normalization="cifar10")
     conf.train.batch_size = 16
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), dtype=np.uint8)
     arrays = images, np.arange(40) % 4
-    straight = take(conf, arrays, 0, 5)
-    for devices, start in ((None, 2), (8, 1)):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            take(conf, arrays, start, 2, devices),
-            straight[start : start + 2],
-        )
+    source = in_memory.create(
+        conf, name="made", train=arrays, validation=None, test=arrays, class_names=list("abcd")
+    ).train
+    straight = take(source, 0, 5)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    jax.tree.map(np.testing.assert_array_equal, take(source, 3, 2, divided), straight[3:])
     for each in straight:
         assert each["label"].shape == (16, 4)
         np.testing.assert_allclose(each["label"].sum(axis=1), 1, atol=1e-6)
-    largest = [each["label"].max(axis=1).min() for each in straight]
-    assert len(set(largest)) > 1  # every step draws anew
-    conf.data.seed = 1
-    assert not np.array_equal(take(conf, arrays, 0, 1)[0]["label"], straight[0]["label"])
+    assert len({each["label"].max(axis=1).min() for each in straight}) > 1  # every step anew
 
 
 @pytest.mark.parametrize(
