@@ -74,8 +74,8 @@ def refusal(arguments, capsys, *untouched):
         ("train.batch_size=big", "config.train.batch_size: 'big' is not a value of type int"),
         ("train.batch_size=12 mesh.data=8", "batch_size 12 is not divisible by the 8 devices"),
         ("model.options.x=1", "config.model.options.x: there is no such field; known: "),
-        ("optimizer.name=adamn", "known: sgd"),
-        ("optimizer.schedule=linear", "known: multistep, cosine, constant"),
+        ("optimizer.name=adamn", "known: .*sgd"),
+        ("optimizer.schedule=linear", "known: .*multistep.*cosine"),
         ("train.epochs=3", "exactly one of train.epochs and train.steps"),
         ("train.steps=0", "exactly one of train.epochs and train.steps"),
         ("train.best_metric=eval/top1", "eval/mean/top1"),
@@ -195,7 +195,8 @@ def test_a_run_that_has_to_end_has_status_1(tmp_path, capsys, monkeypatch):
         def broken(start, sharding=None):
             for batch in batches(start, sharding):
                 with jax.transfer_guard("allow"):
-                    yield {**batch, "image": batch["image"] * np.nan}
+                    image = batch["image"] * np.nan
+                yield {**batch, "image": image}
 
         found.train.batches = broken
         return found

@@ -107,7 +107,7 @@ class TestWorkdir:
         assert steps == (
             {name: {2, 4, 6, 8, 10, 12} for name in training}
             | {name: {4, 8, 12} for name in scores("eval")}
-            | {name: {12} for name in scores("test")}
+            | {name: {12} for name in scores("test") | {f"test/{e}/cost" for e in exits}}
         )
 
     def test_accuracies_are_exact_fractions(self, trained):
@@ -134,7 +134,8 @@ class TestWorkdir:
         count = evaluate.counter(run.network, sharding.replicated(run.mesh))
         state = final_state(trained.config, trained.workdir)
         counts = evaluate.evaluate(count, state.variables, run.data.test, sharding.batch(run.mesh))
-        assert metrics.summarise(counts, "test") == trained.final
+        costs = {name: v for name, v in trained.final.items() if name.endswith("/cost")}
+        assert metrics.summarise(counts, "test") | costs == trained.final
 
     def test_events_and_parameters_are_there(self, trained):
         assert list(trained.workdir.glob("events.out.tfevents.*"))
@@ -260,7 +261,7 @@ class TestResume:
 
 def ten_steps(*own, network):
     config = tiny_run.config(
-        "train.steps=10", "optimizer.learning_rate=0.01", *own, network=network
+        "train.steps=10", "optimizer.learning_rate=0.001", *own, network=network
     )
     run = experiment.prepare(config)
     state, step = train.initial_state(run), train.make_train_step(run)
@@ -279,9 +280,10 @@ def assert_devices_agree(network):
     )
     for part in ("params", "batch_stats"):
         a, b, start = (jax.tree.leaves(getattr(state, part)) for state in (one, many, fresh))
-        assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= 1e-5
+        # In float64 they differ by 2e-16; a larger rate amplifies the rounding of float32.
+        assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= 1e-6
         # Every array has moved by far more than that.
-        assert min(np.abs(x - y).max() for x, y in zip(a, start, strict=True)) > 1e-4
+        assert min(np.abs(x - y).max() for x, y in zip(a, start, strict=True)) > 1e-5
     np.testing.assert_array_equal(last["correct"], last_of_many["correct"])
     np.testing.assert_allclose(last["losses"], last_of_many["losses"], atol=1e-5)
 
