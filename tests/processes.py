@@ -1,0 +1,100 @@
+"""The training command in processes of its own: a tiny run that they share, and its results."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dfs_jax import metrics
+
+ROOT = Path(__file__).parents[1]
+
+MSDNET = ("model.options.steps=(1,1)", "model.options.initial=8", "model.options.growth=8")
+VGG = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,),(8,))")
+
+SETTINGS = (
+    "train.epochs=0",
+    "train.steps=20",
+    "train.batch_size=16",
+    "train.eval_batch_size=120",
+    "train.eval_every=10",
+    "train.checkpoint_every=5",
+    "train.log_every=1",
+    "train.compilation_cache=",
+    "optimizer.learning_rate=0.001",
+    "optimizer.warmup_epochs=0",
+    "optimizer.schedule=constant",
+)
+
+
+def arguments(workdir, *own, network=MSDNET):
+    """Arguments of the training command; `own` settings come last and win."""
+    settings = [f"--config.{item}" for item in (*network, *SETTINGS, *own)]
+    return ["--config", str(ROOT / "configs" / "digits.py"), "--workdir", str(workdir), *settings]
+
+
+def start(count, devices, words):
+    """Starts `count` processes with `devices` virtual devices each; text on stdout."""
+    return subprocess.Popen(
+        ["launch/local.sh", str(count), *words],
+        cwd=ROOT,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def environment(devices=1):
+    """Variables for a child: this interpreter, and so many virtual CPU devices."""
+    return os.environ | {
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+
+
+def run(count, devices, words):
+    """Runs them to their end; the text. Fails if one of them fails."""
+    running = start(count, devices, words)
+    text, _ = running.communicate(timeout=600)
+    assert running.returncode == 0, text
+    return text
+
+
+def pid_of(process_id, workdir):
+    """The system's number of process `process_id` of the run in `workdir`."""
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if "dfs_jax.main" in words and str(workdir) in words:
+            if words[words.index("--process-id") + 1] == str(process_id):
+                return int(entry.name)
+    raise AssertionError(f"there is no process {process_id}")
+
+
+def wait_for_step(workdir, step, seconds=300):
+    """Returns when metrics.jsonl has reached `step`."""
+    deadline = time.monotonic() + seconds
+    while reached(workdir) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached in {seconds} s"
+        time.sleep(0.02)
+
+
+def reached(workdir):
+    """The last step in metrics.jsonl, 0 if there is none."""
+    return max((record["step"] for record in metrics.read_metrics(workdir)), default=0)
+
+
+def series(workdir, pattern):
+    """{(step, name): value} of the metrics whose names match."""
+    return {
+        (record["step"], name): value
+        for record in metrics.read_metrics(workdir)
+        for name, value in record.items()
+        if re.fullmatch(pattern, name)
+    }
