@@ -1,0 +1,53 @@
+"""Every network learns: its loss on enlarged digits falls below half within a few steps."""
+
+import jax
+import numpy as np
+import pytest
+
+from dfs_jax import config, experiment, models, sharding, train
+
+# Side of the images, and options that make the larger ones affordable on two cores.
+NETWORKS = {
+    "msdnet_cifar100": (32, {}),
+    "msdnet_digits": (8, {}),
+    "msdnet_imagenet": (136, {"initial": 8, "growth": 8}),
+    "resnet18_cifar100": (32, {"width": 32}),
+    "resnet34_cifar100": (32, {"width": 16}),
+    "resnet50_cifar100": (32, {"width": 16}),
+    "resnet101_cifar100": (32, {"width": 8}),
+    "vgg7_cifar100": (32, {}),
+    "vgg16_imagenet": (32, {}),
+    "vit_tiny_patch16": (32, {"patch_size": 8}),
+    "vit_small_patch16": (32, {}),
+    "vit_base_patch16": (32, {}),
+}
+
+
+def test_no_network_is_left_out():
+    assert set(NETWORKS) == set(models.names())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_learns_the_digits(name, tmp_path):
+    side, options = NETWORKS[name]
+    c = config.default()
+    config.set_network(c, name, **options)
+    config.set_gradients(c, "joint")
+    c.data.dir = str(tmp_path)
+    c.data.image_size = side
+    c.train.steps = 40
+    c.train.batch_size = 16
+    c.mesh.data = 1
+    c.optimizer.schedule = "constant"
+    c.optimizer.learning_rate = 0.02
+    if name.startswith("vit"):
+        c.optimizer.name, c.optimizer.learning_rate = "adamw", 3e-4
+    run = experiment.prepare(c)
+    state, step = train.initial_state(run), train.make_train_step(run)
+    batches = run.data.train.batches(0, sharding.batch(run.mesh))
+    losses = []
+    for _ in range(c.train.steps):
+        state, measured = step(state, next(batches))
+        losses.append(float(jax.device_get(measured["losses"]).sum()))
+    assert np.mean(losses[-5:]) < losses[0] / 2, losses
