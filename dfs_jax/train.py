@@ -9,6 +9,7 @@ whatever was logged beyond the restored checkpoint is removed. What one update d
 new one never needs a change here.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -74,23 +75,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         with metrics.MetricWriter(directory, start_step=start) as writer:
             if start < run.total_steps:
                 report.describe(run, state.params, start, directory)
-                state = _loop(run, state, start, saver, writer, held_out)
+                with contextlib.closing(Saves(config, saver, _every(run, "checkpoint"))) as saves:
+                    state = _loop(run, state, start, saves, writer, held_out)
             final = _test(run, state, writer)
     if jax.process_index() == 0:
         print(report.final_table(run, final), flush=True)
     return final
 
 
-def _loop(run: Run, state: TrainState, start: int, saver, writer, held_out) -> TrainState:
+def _loop(run: Run, state: TrainState, start: int, saves, writer, held_out) -> TrainState:
     """Steps `start`+1 … total, with evaluation and checkpoints on their way."""
-    train = run.config.train
-    per_epoch = max(1, round(run.steps_per_epoch))
-    eval_every = train.eval_every or per_epoch
+    eval_every = _every(run, "eval")
     by_batch, everywhere = sharding.batch(run.mesh), sharding.replicated(run.mesh)
     train_step = make_train_step(run)
     count = evaluate.counter(run.network, everywhere)
     reporter = report.Reporter(run, writer, start)
-    saves = Saves(run.config, saver, train.checkpoint_every or per_epoch)
 
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps + 1):
@@ -118,8 +117,12 @@ def _loop(run: Run, state: TrainState, start: int, saver, writer, held_out) -> T
             waited = time.perf_counter() - asked
             state, measured = train_step(state, batch)
         reporter.step_done(step + 1, measured, waited)
-    saves.close()
     return state
+
+
+def _every(run: Run, what: str) -> int:
+    """Steps between evaluations ("eval") or checkpoints ("checkpoint")."""
+    return run.config.train[f"{what}_every"] or max(1, round(run.steps_per_epoch))
 
 
 def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]], Any]:

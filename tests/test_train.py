@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -343,8 +344,10 @@ class TestNonFinite:
 
     def test_nan_names_step_and_exits(self, trained, images_at, tmp_path):
         images_at(6, jnp.nan)
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(TrainingError, match="step 6: the loss of exit 1, 2 is not finite"):
             train.train_and_evaluate(trained.config, str(tmp_path))
+        assert signal.getsignal(signal.SIGTERM) is handler
         self.assert_all_saved_are_finite(trained.config, tmp_path, newest=4)
         assert max(step for step, _ in by_step_and_name(tmp_path)) < 6
         # With the cause mended the run goes on, to the bits of one without it.
