@@ -52,8 +52,6 @@ class Decoder:
         without, images are resized and cropped in the centre. `remainder` keeps a last, smaller
         batch. Every record gives a row; one whose `status` is not USABLE is black.
         """
-        import tensorflow as tf
-
         cores = os.cpu_count() or 1
         # A dataset per record, which turns the failure of one into a row that says so: graphs
         # know no other way to go on after a failed operation. It costs 3 % of the decoding.
@@ -67,7 +65,7 @@ class Decoder:
             )
             .batch(batch_size, drop_remainder=not remainder)
             .prefetch(2)
-            .with_options(_options(tf))
+            .with_options(options())
         )
 
     def _row(self, record: tuple[Any, Any, Any], seed: int | None) -> "tf.data.Dataset":
@@ -159,9 +157,12 @@ def _decode_any(encoded: "tf.Tensor") -> "tf.Tensor":
     return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
-def _options(tf) -> "tf.data.Options":
-    options = tf.data.Options()
-    options.deterministic = True
-    # Its thread is not needed, as every width is given, and complains when an iterator ends early.
-    options.autotune.enabled = False
-    return options
+def options() -> "tf.data.Options":
+    """Of every pipeline: in order, and as wide as is written there."""
+    import tensorflow as tf
+
+    chosen = tf.data.Options()
+    chosen.deterministic = True
+    # The thread that would tune widths complains when an iterator ends early.
+    chosen.autotune.enabled = False
+    return chosen

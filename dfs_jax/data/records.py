@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dfs_jax.data import decode
 from dfs_jax.data.streams import Streams
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ def first_missing(paths: Sequence[str]) -> str | None:
 def _first_record_reads(path: "tf.Tensor") -> "tf.Tensor":
     import tensorflow as tf
 
-    read = tf.data.TFRecordDataset(path).take(1).reduce(np.int64(0), lambda n, _: n + 1)
+    first = tf.data.TFRecordDataset(path).take(1).with_options(decode.options())
+    read = first.reduce(np.int64(0), lambda n, _: n + 1)
     with tf.control_dependencies([read]):
         return tf.identity(path)
 
