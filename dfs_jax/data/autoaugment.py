@@ -100,7 +100,7 @@ def draw_policy(key: jax.Array, name: str) -> jax.Array:
     which, applied, negative = jax.random.split(key, 3)
     chosen = jax.random.randint(which, (), 0, len(policy), dtype=jnp.int32)
     applied = jax.random.uniform(applied, (2,), jnp.float32) < probabilities[chosen]
-    negative = jax.random.bernoulli(negative, shape=(2,)).astype(jnp.int32)
+    negative = jax.random.randint(negative, (2,), 0, 2, dtype=jnp.int32)
     first = 1 + 4 * chosen + jnp.array([0, 2], jnp.int32)
     return jnp.where(applied, first + negative, 0)
 

@@ -33,9 +33,10 @@ _BLACK, _MEAN, _GREY, _SMOOTH = range(4)
 class Table(NamedTuple):
     """What the three stages do, row by row; one row per (operation, magnitude).
 
-    `image @ row` reads pixel (y, x) of the result at column (m0 x + m1 y + m2) >> 16 and row
-    (m3 x + m4 y + m5) >> 16 of the image. A shear adds `shift[line]` to the position along its
-    axis and interpolates at `fraction[line]` beyond it; `line` is the other coordinate.
+    Pixel (y, x) of the result comes from column (m0 x + m1 y + m2) >> 16 and row
+    (m3 x + m4 y + m5) >> 16 of the image, m being `matrix`. A shear adds `shift[line]` to the
+    position along its axis and interpolates at `fraction[line]` beyond it; `line` is the other
+    coordinate.
     """
 
     matrix: np.ndarray  # (A, 6) int32, in units of 2**-16

@@ -91,7 +91,7 @@ def draw(mixing: Mixing, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     leaves uncovered by its rectangle (arXiv 1710.09412, equation 2; arXiv 1905.04899, section 3.1).
     """
     whether, which, share, place = jax.random.split(key, 4)
-    cut = jax.random.bernoulli(which, _cutmix_probability(mixing))
+    cut = jax.random.uniform(which, (), jnp.float32) < _cutmix_probability(mixing)
     alpha = jnp.where(cut, mixing.cutmix or 1, mixing.mixup or 1)  # 1: never drawn from
     share = jax.random.beta(share, alpha, alpha, dtype=jnp.float32)
     kept = jnp.where(cut, _uncovered(place, share, shape), share)
