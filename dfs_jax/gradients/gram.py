@@ -1,11 +1,25 @@
 """Inner products and sums of gradients that are whole parameter trees."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+
+def exact(function: Callable) -> Callable:
+    """`function` with matrix products in full precision.
+
+    The default of accelerators keeps about three digits, too few to tell what is in conflict.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def gram(trees: Sequence[Any]) -> jax.Array:
@@ -14,13 +28,13 @@ def gram(trees: Sequence[Any]) -> jax.Array:
     return sum(tensor_gram(tensors) for tensors in positions)
 
 
+@exact
 def tensor_gram(tensors: Sequence[jax.Array]) -> jax.Array:
     """Matrix (N, N) of the inner products of N arrays of one shape, in float32 at least."""
     stacked = jnp.stack(tensors)
     stacked = stacked.astype(jnp.promote_types(jnp.float32, stacked.dtype))
     axes = tuple(range(1, stacked.ndim))
-    # The default precision of accelerators keeps 3 digits, which decides what is in conflict.
-    return jnp.tensordot(stacked, stacked, axes=(axes, axes), precision=lax.Precision.HIGHEST)
+    return jnp.tensordot(stacked, stacked, axes=(axes, axes))
 
 
 def weighted_sum(trees: Sequence[Any], weights: jax.Array) -> Any:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dfs_jax.gradients.gram import exact
 from dfs_jax.gradients.joint import joint
 from dfs_jax.gradients.method import GradientMethod, Restart
 from dfs_jax.gradients.paths import exits_by_tensor
@@ -121,6 +122,7 @@ def meta_gf(
     return GradientMethod(init, apply, cycle=cycle)
 
 
+@exact
 def fuse(start: Any, trained: Any, importance: Any, uses: Any) -> Any:
     """w of the module's equation, over the exits that use a tensor.
 
@@ -130,7 +132,7 @@ def fuse(start: Any, trained: Any, importance: Any, uses: Any) -> Any:
 
     def fused(w0, ws, m, used):
         shares = jax.nn.sigmoid(m) * used
-        moved = jnp.tensordot(shares, ws - w0, axes=1, precision=jax.lax.Precision.HIGHEST)
+        moved = jnp.tensordot(shares, ws - w0, axes=1)
         moved = moved / jnp.sum(shares)
         return w0 + moved if used.any() else w0
 

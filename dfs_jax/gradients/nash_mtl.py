@@ -15,7 +15,7 @@ Cost: N prefix gradients (`per_exit.py`), 2.4× for six exits of VGG7; memory N 
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.gradients.gram import gram, tensor_gram, weighted_sum
+from dfs_jax.gradients.gram import exact, gram, tensor_gram, weighted_sum
 from dfs_jax.gradients.method import GradientMethod
 from dfs_jax.gradients.per_exit import exit_gradients
 
@@ -51,6 +51,7 @@ def nash_mtl(num_exits: int, *, max_norm: float = 1.0, iterations: int = 20) -> 
     return GradientMethod(init, apply)
 
 
+@exact
 def bargain(gram: jax.Array, previous: jax.Array, iterations: int = 20) -> jax.Array:
     """α (N,) of the inner products (N, N), or `previous` (N,) if there is no agreement."""
     size = jnp.linalg.norm(gram)

@@ -15,7 +15,7 @@ exits of VGG7; memory N gradients.
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.gradients.gram import gram, weighted_sum
+from dfs_jax.gradients.gram import exact, gram, weighted_sum
 from dfs_jax.gradients.method import GradientMethod
 from dfs_jax.gradients.per_exit import exit_gradients
 
@@ -32,6 +32,7 @@ def pcgrad() -> GradientMethod:
     return GradientMethod(lambda params: (), apply)
 
 
+@exact
 def projected(gram: jax.Array, orders: jax.Array) -> jax.Array:
     """Weights (N,) of the gradients in the sum of the projected ones.
 
