@@ -51,7 +51,7 @@ def default() -> ml_collections.ConfigDict:
     c.gradients.options = ml_collections.ConfigDict()  # the method's own
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = "sgd"  # or "adamw"
+    c.optimizer.name = "sgd"  # or "adamw", "lamb", "lars"
     c.optimizer.learning_rate = 0.1  # at the peak of the schedule
     c.optimizer.momentum = 0.9  # AdamW: decay of the first moment
     c.optimizer.nesterov = False
@@ -60,7 +60,8 @@ def default() -> ml_collections.ConfigDict:
     c.optimizer.schedule = "multistep"  # "multistep", "cosine" or "constant"
     c.optimizer.milestones = ()  # multistep: epochs at which the rate is multiplied by decay_rate
     c.optimizer.decay_rate = 0.1
-    c.optimizer.warmup_epochs = 0.0  # linear, from 0
+    c.optimizer.warmup_epochs = 0.0  # from 0 to the peak
+    c.optimizer.warmup = "linear"  # its shape: "linear" or "cosine"
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "digits"  # one of dfs_jax.data.names()
@@ -103,6 +104,8 @@ def default() -> ml_collections.ConfigDict:
     c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
     c.train.ema = 0.0  # decay of averaged parameters and statistics, then evaluated; 0: none
     c.train.checkpoint_minutes = 0.0  # also save when so many minutes have passed; 0: off
+    c.train.profile_steps = ()  # (first, last): a profiler trace of these steps, in profile/
+    c.train.peak_flops = 0.0  # of one device, per second, for train/mfu; 0: not reported
     c.train.precision = "float32"  # of the computation: "float32", "bfloat16" or "float64"
     c.train.compilation_cache = "~/.cache/dfs_jax"  # compiled programs kept on disk; "": nowhere
 
@@ -146,6 +149,17 @@ def _options(known: Mapping[str, Any], chosen: Mapping[str, Any], where: str):
             raise ConfigError(f"config.{where}.{key}: {_unknown(key, known, 'option')}")
         result[key] = value
     return result.lock()
+
+
+def scale_learning_rate(c: ml_collections.ConfigDict, reference_batch_size: int) -> None:
+    """Linear scaling rule: multiply the learning rate by batch size / `reference_batch_size`.
+
+    For a configuration file whose batch size is not the one that its recipe's rate was found
+    for; warm up over a few epochs with it (arXiv 1706.02677, sections 2.1 and 2.2).
+    """
+    if reference_batch_size < 1:
+        raise ConfigError(f"the reference batch size must be positive, got {reference_batch_size}")
+    c.optimizer.learning_rate *= c.train.batch_size / reference_batch_size
 
 
 def apply_preset(

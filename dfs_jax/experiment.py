@@ -157,6 +157,13 @@ def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
             raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
     if not 0 <= train.ema < 1:
         raise ConfigError(f"train.ema must lie in [0, 1), got {train.ema}")
+    steps = tuple(train.profile_steps)
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(
+            f"train.profile_steps must be (), or (first, last) with 1 <= first, got {steps}"
+        )
+    if not 0 <= train.peak_flops < math.inf:
+        raise ConfigError(f"train.peak_flops must be 0 or more, got {train.peak_flops}")
     if not train.checkpoint_minutes >= 0:
         raise ConfigError(
             f"train.checkpoint_minutes must be 0 or more, got {train.checkpoint_minutes}"

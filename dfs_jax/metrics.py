@@ -248,6 +248,17 @@ def _number(value: Any) -> int | float:
 # ---------------------------------------------------------------------------------------------
 
 
+# What a progress line says of the speed, in this order.
+_SPEED = {
+    "train/images_per_second": "{:,.0f} images/s",
+    "train/images_per_second_per_device": "{:,.0f} a device",
+    "train/step_seconds": "{:.3g} s a step",
+    "train/data_wait": "{:.0%} waiting for data",
+    "train/device_memory_gb": "{:.1f} GB a device",
+    "train/mfu": "MFU {:.1%}",
+}
+
+
 class Progress:
     """Prints one line per call: where the run is, how fast it goes and when it will end.
 
@@ -270,14 +281,15 @@ class Progress:
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
         """Prints loss, training accuracy by exit and speed, as far as `metrics` has them:
-        train/loss, train/exit1/top1 …, train/images_per_second; and the time to go.
+        train/loss, train/exit1/top1 …, those of `_SPEED`; and the time to go.
         """
         parts = []
         if "train/loss" in metrics:
             parts.append(f"loss {metrics['train/loss']:.4f}")
         parts += _by_exit("train", metrics)
-        if "train/images_per_second" in metrics:
-            parts.append(f"{metrics['train/images_per_second']:,.0f} images/s")
+        for name, text in _SPEED.items():
+            if name in metrics:
+                parts.append(text.format(metrics[name]))
         done = step - self._start_step
         if done > 0:
             left = (time.monotonic() - self._start) / done * max(self._total - step, 0)

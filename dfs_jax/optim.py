@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -49,17 +50,25 @@ def create_schedule(
 ) -> optax.Schedule:
     """The learning rate alone; arguments and errors as for `create_optimizer`.
 
-    With w warm-up steps the rate of step s is multiplied by min(1, s / w). Milestones count
-    from the start of the run; cosine decay begins where the warm-up ends. A run may be shorter
-    than its warm-up or its milestones (a quick try of a long recipe).
+    With w warm-up steps the rate of step s is multiplied by t = min(1, s / w) ("linear") or by
+    (1 - cos(π t)) / 2 ("cosine"). Milestones count from the start of the run; cosine decay begins
+    where the warm-up ends. A run may be shorter than its warm-up or its milestones (a quick try
+    of a long recipe).
     """
     o = config.optimizer
+    rise = _look_up(WARMUPS, "warmup", o.warmup)
     _check_number("warmup_epochs", o.warmup_epochs, o.warmup_epochs >= 0, "0 or more")
     warmup = _steps(o.warmup_epochs, steps_per_epoch)
     after = _look_up(SCHEDULES, "schedule", o.schedule)(o, steps_per_epoch, total_steps, warmup)
     if warmup == 0:
         return after
-    return lambda step: jnp.minimum(1.0, step / warmup) * after(step)
+    return lambda step: rise(jnp.minimum(1.0, step / warmup)) * after(step)
+
+
+WARMUPS: dict[str, Callable] = {
+    "linear": lambda t: t,
+    "cosine": lambda t: 0.5 * (1.0 - jnp.cos(jnp.pi * t)),
+}
 
 
 def _sgd(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -92,8 +101,42 @@ def _adamw(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Grad
     )
 
 
+def _lamb(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """LAMB (arXiv 1904.00962, algorithm 2), for large batches: AdamW whose update of each array
+    is scaled to the norm of that array. β₂ = 0.999 and ε = 1e-6 are the paper's.
+    """
+    _refuse_nesterov(o)
+    return optax.lamb(schedule, b1=o.momentum, b2=0.999, eps=1e-6, weight_decay=o.weight_decay)
+
+
+def _lars(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """LARS (arXiv 1708.03888), for large batches: SGD whose gradient of each array is scaled to
+    0.001 times the norm of that array. As usual, arrays of one dimension (biases, batch norm)
+    are neither scaled nor decayed.
+    """
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.lars(
+        schedule,
+        weight_decay=o.weight_decay,
+        weight_decay_mask=matrices,
+        trust_ratio_mask=matrices,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+    )
+
+
+def _refuse_nesterov(o: ml_collections.ConfigDict) -> None:
+    if o.nesterov:
+        raise ConfigError(f"config.optimizer.nesterov = True has no meaning for {o.name}")
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "lamb": _lamb,
+    "lars": _lars,
     "sgd": _sgd,
 }
 

@@ -87,6 +87,11 @@ class Reporter:
         self._progress = metrics.Progress(run.total_steps, start_step=start)
         self._pending: tuple[int, Any] | None = None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        train = run.config.train
+        self._step_flops = 0
+        if train.peak_flops:
+            shape = run.data.spec.image_shape
+            self._step_flops = flops.training_flops(run.network, shape, train.batch_size)
 
     def step_done(self, step: int, measured: Any, waited: float) -> None:
         """Take the device arrays of `step`, for whose batch the host waited that many seconds."""
@@ -129,11 +134,53 @@ class Reporter:
             line[f"train/exit{i}/top1"] = float(correct) / batch_size
         line["train/gradient_norm"] = float(measured["gradient_norm"])
         line["train/learning_rate"] = float(self._run.schedule(step - 1))
-        line["train/images_per_second"] = self._steps * batch_size / elapsed
+        seconds, devices = elapsed / self._steps, self._run.mesh.size
+        line["train/step_seconds"] = seconds
+        line["train/images_per_second"] = batch_size / seconds
+        line["train/images_per_second_per_device"] = batch_size / seconds / devices
         line["train/data_wait"] = self._waited / elapsed
+        if self._step_flops:
+            peak = devices * self._run.config.train.peak_flops
+            line["train/mfu"] = self._step_flops / seconds / peak
+        memory = _device_memory()
+        if memory is not None:
+            line["train/device_memory_gb"] = memory / 1e9
         self._writer.write(step, line)
         self._progress.training(step, line)
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+
+class Profile:
+    """The profiler trace of the steps `train.profile_steps`, in the workdir's folder `profile`.
+
+    TensorBoard's profile plugin and Perfetto show it. Process 0 traces its own devices.
+    """
+
+    def __init__(self, run: Run, directory: epath.Path):
+        steps = tuple(run.config.train.profile_steps)
+        self._wanted = bool(steps) and jax.process_index() == 0
+        self._first, self._last = steps or (0, 0)
+        self._last = min(self._last, run.total_steps)
+        self._directory = directory / "profile"
+        self._tracing = False
+
+    def after(self, step: int, reporter: Reporter) -> None:
+        """Start or stop the trace; `step` updates have been dispatched."""
+        if self._tracing and step >= self._last:
+            reporter.settle()  # the last step has run to its end
+            jax.profiler.stop_trace()
+            self._wanted = self._tracing = False
+            log.info("the profile of steps %d to %d is in %s", self._first, step, self._directory)
+        elif self._wanted and not self._tracing and self._first - 1 <= step < self._last:
+            reporter.settle()
+            self._first, self._tracing = step + 1, True
+            jax.profiler.start_trace(str(self._directory))
+
+
+def _device_memory() -> int | None:
+    """The most bytes that any device here has had in use; None where it does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
 def _check_finite(step: int, measured: Mapping[str, np.ndarray]) -> None:

@@ -76,23 +76,25 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
             if start < run.total_steps:
                 report.describe(run, state.params, start, directory)
                 with contextlib.closing(Saves(config, saver, _every(run, "checkpoint"))) as saves:
-                    state = _loop(run, state, start, saves, writer, held_out)
+                    state = _loop(run, state, start, directory, saves, writer, held_out)
             final = _test(run, state, writer)
     if jax.process_index() == 0:
         print(report.final_table(run, final), flush=True)
     return final
 
 
-def _loop(run: Run, state: TrainState, start: int, saves, writer, held_out) -> TrainState:
+def _loop(run: Run, state: TrainState, start: int, directory, saves, writer, held_out):
     """Steps `start`+1 … total, with evaluation and checkpoints on their way."""
     eval_every = _every(run, "eval")
     by_batch, everywhere = sharding.batch(run.mesh), sharding.replicated(run.mesh)
     train_step = make_train_step(run)
     count = evaluate.counter(run.network, everywhere)
     reporter = report.Reporter(run, writer, start)
+    profile = report.Profile(run, directory)
 
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps + 1):
+        profile.after(step, reporter)
         last = step == run.total_steps
         preempted = not last and saves.preempted(step)
         scores: dict[str, float] = {}

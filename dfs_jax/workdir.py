@@ -12,10 +12,13 @@ _FREE = {
     "data.dir",
     "mesh",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.compilation_cache",
     "train.eval_batch_size",
     "train.eval_every",
     "train.log_every",
+    "train.peak_flops",
+    "train.profile_steps",
 }
 
 

@@ -58,6 +58,8 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit 0
 fi
 
+# The shell would add a notice of its own for every process that a signal ends.
+exec 3>&2 2>/dev/null
 pipes=$(mktemp -d)
 pids=() printers=()
 end_all() {
@@ -71,7 +73,7 @@ for ((i = 0; i < count; i++)); do
   # The printers outlive a Ctrl-C, so that the last words of a process are seen.
   (trap '' TERM INT HUP && prefixed "$i" <"$pipes/$i.out") &
   printers+=($!)
-  (trap '' TERM INT HUP && prefixed "$i" <"$pipes/$i.err" >&2) &
+  (trap '' TERM INT HUP && prefixed "$i" <"$pipes/$i.err" >&3) &
   printers+=($!)
   command_of "$i"
   "${words[@]}" >"$pipes/$i.out" 2>"$pipes/$i.err" &
@@ -88,9 +90,9 @@ while ((${#left[@]})); do
       running+=("$pid")
     else
       code=0
-      wait "$pid" 2>/dev/null || code=$? # without the shell's own notice of a kill
+      wait "$pid" || code=$?
       if ((code && !status)); then
-        echo "launch/local.sh: a process ended with status $code; all of them end" >&2
+        echo "launch/local.sh: a process ended with status $code; all of them end" >&3
         status=$code
         deadline=$((SECONDS + GRACE_SECONDS))
       fi
@@ -98,7 +100,7 @@ while ((${#left[@]})); do
   done
   left=(${running[@]+"${running[@]}"})
   if [[ -n $deadline ]] && ((${#left[@]} && SECONDS >= deadline)); then
-    echo "launch/local.sh: ${#left[@]} did not end within $GRACE_SECONDS s and are killed" >&2
+    echo "launch/local.sh: ${#left[@]} did not end within $GRACE_SECONDS s and are killed" >&3
     end_all KILL
     deadline=
   fi

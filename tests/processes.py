@@ -71,9 +71,9 @@ def pid_of(process_id, workdir):
             words = (entry / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if "dfs_jax.main" in words and str(workdir) in words:
-            if words[words.index("--process-id") + 1] == str(process_id):
-                return int(entry.name)
+        mine = "dfs_jax.main" in words and str(workdir) in words
+        if mine and words[words.index("--process-id") + 1] == str(process_id):
+            return int(entry.name)
     raise AssertionError(f"there is no process {process_id}")
 
 

@@ -59,10 +59,9 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_f
         text, _ = running.communicate(timeout=60)
     finally:
         running.kill()
-    print(
-        f"process {victim} was killed at step {step}; all had ended {time.monotonic() - killed:.1f} s later"
-    )
-    assert time.monotonic() - killed < 15, text
+    took = time.monotonic() - killed
+    print(f"process {victim} was killed at step {step}; all had ended {took:.1f} s later")
+    assert took < 15, text
     assert running.returncode != 0
     assert "another one has died" in text or "another task died" in text
     assert "all of them end" in text
@@ -72,7 +71,13 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_f
     a, b = final_state(whole), final_state(broken)
     assert a.step == b.step == 40
     assert largest_difference((a.params, a.batch_stats), (b.params, b.batch_stats)) < 1e-4
-    assert processes.series(whole, "test/.*top1") == processes.series(broken, "test/.*top1")
+    assert _final_scores(whole) == _final_scores(broken)
+
+
+def _final_scores(workdir):
+    """Test accuracies after the last of the 40 steps; a shorter run before left its own."""
+    series = processes.series(workdir, "test/.*top1")
+    return {name: value for (step, name), value in series.items() if step == 40}
 
 
 def test_sigterm_reaches_all_processes_which_save_together(tmp_path):

@@ -20,7 +20,12 @@ from dfs_jax.config import ConfigError
 from dfs_jax.report import TrainingError
 
 # What depends on the clock.
-SPEED = {"train/images_per_second", "train/data_wait"}
+SPEED = {
+    "train/images_per_second",
+    "train/images_per_second_per_device",
+    "train/step_seconds",
+    "train/data_wait",
+}
 
 
 class Interruption(KeyboardInterrupt):

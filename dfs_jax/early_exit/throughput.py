@@ -68,7 +68,6 @@ def measure(
 ) -> list[Speedup]:
     """The speed-up of the router over stages `parts`, at each of `ratios`."""
     routed = Router(parts, image_shape, sizes=router.batch_sizes(batch_size))
-    routed.warmup()
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch_size, *image_shape)).astype(np.float32)
     exits = [_prescribed(rng, batch_size * batches, len(parts), ratio) for ratio in ratios]

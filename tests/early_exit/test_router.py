@@ -207,6 +207,25 @@ def test_serving_answers_in_order_and_reads_no_further_than_it_must(router):
     assert r == 11
 
 
+def test_sharing_batches_wastes_less(router, monkeypatch):
+    """Rows that were computed, padding included, for requests that share batches and do not."""
+    rows, compiled = [], router._compiled
+
+    def counting(program, i, size):
+        if program.__name__ == "_step_program":
+            rows.append(size)
+        return compiled(program, i, size)
+
+    monkeypatch.setattr(router, "_compiled", counting)
+    requests, values = [images_of(r, 50) for r in range(12)], setting([1.0, 1.0, 1.0])
+    least = sum(int(np.sum(router(images, values).exits + 1)) for images in requests)
+    alone = sum(rows)
+    rows.clear()
+    list(router.serve(requests, values))
+    assert least <= sum(rows) < 1.1 * least
+    assert alone > 1.25 * sum(rows)
+
+
 def test_a_caller_may_stop_asking(router):
     serving = router.serve((images_of(r, 30) for r in range(9)), setting([1.0, 1.0, 1.0]))
     next(serving)
