@@ -205,7 +205,7 @@ def test_the_optimizer_uses_the_schedule_it_returns():
         ({"milestones": (0, 70)}, "milestones"),
         ({"warmup_epochs": -1.0}, "warmup_epochs"),
         ({"clip_norm": -1.0}, "clip_norm"),
-        ({"name": "adam"}, "'adam' is unknown; known: adamw, sgd"),
+        ({"name": "adam"}, "'adam' is unknown; known: adamw, lamb, lars, sgd"),
         ({"schedule": "step"}, "'step' is unknown; known: multistep, cosine, constant"),
     ],
 )

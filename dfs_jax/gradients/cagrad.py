@@ -84,9 +84,9 @@ def simplex_argmin(gram: jax.Array, radius: float, iterations: int = 32) -> jax.
         norm = jnp.sqrt(along @ along + mu**2)
         along = along / norm
         gradient = slope + ball * along @ root
-        hessian = ball / norm * root.T @ (jnp.eye(count) - jnp.outer(along, along)) @ root
+        hessian = ball / norm * root.T @ (identity - jnp.outer(along, along)) @ root
         # In relative steps, w ← w (1 + q), the barrier's part is μ times the identity.
-        matrix = w[:, None] * hessian * w + mu * jnp.eye(count, dtype=w.dtype)
+        matrix = w[:, None] * hessian * w + mu * identity
         sides = jnp.stack([mu - w * gradient, w], axis=1)
         free, tilt = jnp.linalg.solve(matrix, sides).T
         q = free - (w @ free) / (w @ tilt) * tilt  # keeps Σ w_i
@@ -97,6 +97,7 @@ def simplex_argmin(gram: jax.Array, radius: float, iterations: int = 32) -> jax.
         values = jax.vmap(barrier, (0, None))(choices, mu)
         return choices[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
 
+    identity = jnp.eye(count, dtype=gram.dtype)
     strides = 0.5 ** jnp.arange(12.0, dtype=gram.dtype)
     start = jnp.full(count, 1 / count, gram.dtype)
     return jax.lax.fori_loop(0, iterations, newton, start)
