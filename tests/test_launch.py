@@ -73,7 +73,7 @@ class TestLocal:
             # The script asks it for a free port too, with -c.
             stand_in.write_text(
                 f"#!/bin/bash\n[[ $1 == -c ]] && exec echo 1\nid=${{@: -1}}\n{body}\n"
-            )  # noqa: E501
+            )
             stand_in.chmod(0o755)
             return subprocess.Popen(
                 ["launch/local.sh", str(count), *ARGUMENTS],
@@ -89,7 +89,7 @@ class TestLocal:
     def test_every_line_says_whose_it_is(self, local):
         out, err = (running := local('echo "a  $id"; printf last; echo bad >&2')).communicate(
             timeout=60
-        )  # noqa: E501
+        )
         assert running.returncode == 0
         assert sorted(out.splitlines()) == ["[0] a  0", "[0] last", "[1] a  1", "[1] last"]
         assert sorted(err.splitlines()) == ["[0] bad", "[1] bad"]
@@ -107,8 +107,8 @@ class TestLocal:
         copy.write_text(script.replace("GRACE_SECONDS=15", "GRACE_SECONDS=1"))
         stand_in = tmp_path / "python"
         stand_in.write_text(
-            "#!/bin/bash\n[[ $1 == -c ]] && exec echo 1\n[[ ${@: -1} == 0 ]] && exit 9\nexec sleep 50\n"
-        )  # noqa: E501
+            "#!/bin/bash\n[[ $1 == -c ]] && exec echo 1\n[[ ${@: -1} == 0 ]] && exit 9\nexec sleep 50\n"  # noqa: E501
+        )
         stand_in.chmod(0o755)
         done = subprocess.run(
             ["bash", str(copy), "2", *ARGUMENTS],
@@ -208,8 +208,8 @@ def commands_of_lines(text):
         [
             "bash",
             "-c",
-            'while IFS= read -r line; do eval "words=($line)"; printf "%s\\0" "${words[@]}"; printf "\\1\\0"; done',
-        ],  # noqa: E501
+            'while IFS= read -r line; do eval "words=($line)"; printf "%s\\0" "${words[@]}"; printf "\\1\\0"; done',  # noqa: E501
+        ],
         input=text,
         capture_output=True,
         text=True,
@@ -217,7 +217,7 @@ def commands_of_lines(text):
     )
     return [
         part.split("\0")[:-1] for part in done.stdout.replace("\0\1\0", "\0\1").split("\1") if part
-    ]  # noqa: E501
+    ]
 
 
 @pytest.mark.parametrize("missing", ["TPU_NAME", "TPU_ZONE", "TPU_TYPE"])
