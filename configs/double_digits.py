@@ -3,10 +3,10 @@
     python -m dfs_jax.main --config configs/double_digits.py --workdir runs/double_digits
 
 draws the data set on first use. It has two variants, told apart in docs/double_digits.md: `clean`
-as above, and `hard`, which wants a longer run:
+as above, and `hard`, which starts to learn later:
 
     python -m dfs_jax.main --config configs/double_digits.py --workdir runs/double_digits_hard \\
-        --config.data.name=double_digits/hard --config.train.steps=15000
+        --config.data.name=double_digits/hard --config.train.steps=6000
 
 Presets, as a comma list of at most one network and one method, in any order:
 
