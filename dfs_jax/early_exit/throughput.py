@@ -6,14 +6,14 @@
 The network has random weights, and who leaves where is prescribed: a share proportional to q^k
 at exit k, as in the budgeted evaluation, for several q. Three numbers per q:
 
-    promised   from the times of single segments and exits: those of all segments and the last
-               exit, over those weighted by the share of images that gets there
+    promised   if an image cost no more than the segments and exits that it passes, each of
+               which is timed alone with a full batch
     batch      measured, one batch after the other
     refill     measured, all batches waiting in the router's queues together
 
+The reference of all three is one compiled program of the whole network without the earlier exits.
 Every round measures everything in turn, so that whatever else the machine does meets all alike;
-reported are medians over rounds. The reference is one compiled program of the whole network
-without the earlier exits.
+reported are medians over rounds.
 """
 
 import argparse
@@ -173,9 +173,7 @@ def _speedup(
 ) -> Speedup:
     leaving = np.bincount(np.argmax(prescribed, axis=0), minlength=num_exits) / len(prescribed[0])
     reaching = 1 - np.cumsum(leaving) + leaving
-    promised = np.array(
-        [(m.segments.sum() + m.heads[-1]) / (reaching @ (m.segments + m.heads)) for m in rounds]
-    )
+    promised = np.array([m.full / (reaching @ (m.segments + m.heads)) for m in rounds])
     batch = np.array([m.full / m.batch[r] for m in rounds])
     refill = np.array([m.full / m.refill[r] for m in rounds])
     medians = map(np.median, (promised, batch, refill, batch / promised, refill / promised))
