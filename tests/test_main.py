@@ -258,7 +258,7 @@ def by_step_and_name(workdir):
         step = record.pop("step")
         for name, value in record.items():
             assert (step, name) not in found, f"{name} of step {step} occurs twice"
-            if name not in ("train/images_per_second", "train/data_wait"):
+            if name not in tiny_run.SPEED:
                 found[step, name] = value
     return found
 

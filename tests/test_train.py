@@ -19,14 +19,6 @@ from dfs_jax.checkpoint import Checkpointer
 from dfs_jax.config import ConfigError
 from dfs_jax.report import TrainingError
 
-# What depends on the clock.
-SPEED = {
-    "train/images_per_second",
-    "train/images_per_second_per_device",
-    "train/step_seconds",
-    "train/data_wait",
-}
-
 
 class Interruption(KeyboardInterrupt):
     """Stands for whatever ends a process; nothing may catch it."""
@@ -107,7 +99,7 @@ class TestWorkdir:
             names = {f"{split}/{e}/{m}" for e in exits for m in ("top1", "top5", "loss")}
             return names | {f"{split}/ensemble/top1", f"{split}/mean/top1"}
 
-        training = {"train/loss", "train/gradient_norm", "train/learning_rate", *SPEED}
+        training = {"train/loss", "train/gradient_norm", "train/learning_rate", *tiny_run.SPEED}
         training |= {f"train/{e}/{m}" for e in exits for m in ("loss", "top1")}
         steps = {name: {s for s, n in found if n == name} for _, name in found}
         assert steps == (
@@ -238,8 +230,8 @@ class TestResume:
         )
         found, want = by_step_and_name(tmp_path), by_step_and_name(trained.workdir)
         assert found.keys() == want.keys()
-        assert {k: v for k, v in found.items() if k[1] not in SPEED} == {
-            k: v for k, v in want.items() if k[1] not in SPEED
+        assert {k: v for k, v in found.items() if k[1] not in tiny_run.SPEED} == {
+            k: v for k, v in want.items() if k[1] not in tiny_run.SPEED
         }
 
     def test_an_end_before_the_test_split_was_read(self, trained, tmp_path, monkeypatch):

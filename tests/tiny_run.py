@@ -37,6 +37,14 @@ SETTINGS = (
     "mesh.data=1",
 )
 
+# Metrics that depend on the clock.
+SPEED = {
+    "train/images_per_second",
+    "train/images_per_second_per_device",
+    "train/step_seconds",
+    "train/data_wait",
+}
+
 
 def overrides(*own, network=NETWORK):
     """What `config.load` takes; `own` come last and win."""
