@@ -307,7 +307,9 @@ class Progress:
     def _print(self, step: int, parts: Sequence[str]) -> None:
         if jax.process_index() == 0:
             where = f"step {step}/{self._total} ({step / max(self._total, 1):.1%})"
-            print("  ".join([where, *parts]), file=self._stream or sys.stderr, flush=True)
+            # A log on a full disk, or a closed terminal, must not end the training.
+            with contextlib.suppress(OSError):
+                print("  ".join([where, *parts]), file=self._stream or sys.stderr, flush=True)
 
 
 def _by_exit(prefix: str, metrics: Mapping[str, float]) -> list[str]:

@@ -95,9 +95,9 @@ class Reporter:
 
     def step_done(self, step: int, measured: Any, waited: float) -> None:
         """Take the device arrays of `step`, for whose batch the host waited that many seconds."""
+        self._waited += waited  # within the time that the report of the step before covers
         self.settle()
         self._pending = (step, measured)
-        self._waited += waited
 
     def settle(self) -> None:
         """Wait for the last step's measurements; raises TrainingError if one is not finite."""

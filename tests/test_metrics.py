@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -125,6 +126,14 @@ def test_progress_lines(monkeypatch):
         "ETA 1:22:30",
         "step 1010/2000 (50.5%)  eval top1 by exit 0.500 0.625  ensemble 0.6000  mean 0.5625",
     ]
+
+
+def test_a_progress_line_that_cannot_be_written_is_left_out():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics.Progress(2000, stream=Full()).training(10, {"train/loss": 1.0})
 
 
 def test_table():

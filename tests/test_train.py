@@ -135,6 +135,12 @@ class TestWorkdir:
         costs = {name: v for name, v in trained.final.items() if name.endswith("/cost")}
         assert metrics.summarise(counts, "test") | costs == trained.final
 
+    def test_waiting_for_data_is_a_share_of_the_time(self, trained):
+        found = by_step_and_name(trained.workdir)
+        shares = [value for (_, name), value in found.items() if name == "train/data_wait"]
+        assert len(shares) == 6
+        assert all(0 < share < 1 for share in shares)
+
     def test_events_and_parameters_are_there(self, trained):
         assert list(trained.workdir.glob("events.out.tfevents.*"))
         assert "heads_0/kernel" in (trained.workdir / "parameters.txt").read_text()

@@ -58,16 +58,18 @@ def settings() -> list[str]:
     ]
 
 
-def train(workdir: Path, cache: Path, happening: Callable[[], None] = lambda: None) -> int:
+def train(
+    workdir: Path, log: Path, cache: Path, happening: Callable[[], None] = lambda: None
+) -> int:
     """Exit status of the training command in a forked process; negative: the signal."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = 70
         try:
-            with (workdir.parent / f"{workdir.name}.log").open("w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
+            with log.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
             status = _command(workdir, cache, happening)
         except BaseException:
             traceback.print_exc()
@@ -186,6 +188,7 @@ class Trials:
 
     def __init__(self, folder: Path, seed: int):
         self._folder, self._cache = folder, folder / "cache"
+        self._printed = folder / "printed.log"  # never on the disk that fills up
         self.random = random.Random(seed)
         self._whole = folder / "whole"
         self._start(self._whole)
@@ -201,10 +204,10 @@ class Trials:
         workdir.mkdir()
 
     def _train(self, happening: Callable[[], None] = lambda: None) -> int:
-        return train(self.workdir, self._cache, happening)
+        return train(self.workdir, self._printed, self._cache, happening)
 
     def _log(self) -> str:
-        return (self.workdir.parent / f"{self.workdir.name}.log").read_text()
+        return self._printed.read_text()
 
     def _resumed_from(self) -> int:
         line = [x for x in self._log().splitlines() if x.startswith("going on from")]
