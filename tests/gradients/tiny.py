@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dfs_jax.gradients import Problem, Restart
 from dfs_jax.models.layers import BatchNorm, Dense
-from dfs_jax.models.multi_exit import MultiExit
+from dfs_jax.models.multi_exit import MultiExit, plain
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 
@@ -56,8 +56,7 @@ class Tiny(MultiExit):
 
     def head(self, i: int, exit_input: Any, *, train: bool) -> tuple[jax.Array, jax.Array]:
         kept = jax.tree.map(lambda x: self.drops[i](x, deterministic=not train), exit_input)
-        feature = exit_input.stopped()
-        return self.heads[i](kept), feature
+        return self.heads[i](kept), plain(exit_input)
 
 
 def network(surgery=Surgery(partition=False), **options):  # noqa: B008, a frozen dataclass
