@@ -1,17 +1,28 @@
-"""How fast the input of a configuration is, and whether its training step has to wait for it.
+"""What a training step costs by method, what it saves, and how fast its input is.
 
+    python -m dfs_jax.benchmark --config FILE[:network] [--methods joint dfs …]
+        [--batch_sizes B …] [--pairs N] [--calls N] [--num_classes K] [--out FILE]
     python -m dfs_jax.benchmark --config FILE[:preset] --input_only [--batches N] [--steps N]
         [--start STEP] [--out FILE]
+    python -m dfs_jax.benchmark --config FILE[:preset] --overheads [--pairs N] [--out FILE]
 
-Three figures: batches alone, the training step alone (on one batch again and again), and both
-together, as training runs them. With `--start`, how long a run that goes on at that step waits for
-its first batch. Nothing is written but the table and `--out`.
+The first form needs no data: its images are random. It compiles forward, forward and backward,
+and the training step of every method, and times each method in turn with joint training. It
+prints two tables and writes them with a chart: FILE.json (with every time), FILE.csv, FILE.md and
+FILE.png, where one of these suffixes on FILE is dropped first. Methods are the method words of
+the configuration file; `--config.a.b=value` holds for all of them.
+
+`--input_only` measures, on the configured data, batches alone, the step alone (on one batch again
+and again), and both together, as training runs them; with `--start`, how long a run that goes on
+at that step waits for its first batch. `--overheads` measures what else a run spends time on:
+per-exit gradients, reporting, evaluation, compilation. Both write JSON to FILE, as it is named.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +31,18 @@ from typing import Any
 import jax
 import ml_collections
 
-from dfs_jax import command, experiment, metrics, sharding, train
+from dfs_jax import (
+    benchmark_report,
+    command,
+    experiment,
+    metrics,
+    overheads,
+    sharding,
+    step_cost,
+    train,
+)
+from dfs_jax import config as configuration
+from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import Batch
 from dfs_jax.experiment import Run
 
@@ -51,20 +73,169 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
     parser = command.parser(__doc__)
     command.add_config(parser)
-    parser.add_argument(
-        "--input_only", action="store_true", required=True, help="measure the input"
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--input_only", action="store_true", help="measure the input")
+    kind.add_argument("--overheads", action="store_true", help="measure what is not the step")
+    steps = parser.add_argument_group("the step")
+    steps.add_argument(
+        "--methods",
+        nargs="+",
+        default=[step_cost.BASELINE, "dfs"],
+        metavar="WORD",
+        help="method words of the configuration file; joint is always among them",
     )
-    parser.add_argument(
+    steps.add_argument(
+        "--batch_sizes", nargs="+", type=int, metavar="B", help="default: train.batch_size"
+    )
+    steps.add_argument(
+        "--pairs", type=int, default=10, metavar="N", help="measurements of each (default: 10)"
+    )
+    steps.add_argument(
+        "--calls",
+        type=int,
+        default=1,
+        metavar="N",
+        help="calls in a row in one measurement (default: 1); more keep an accelerator busy",
+    )
+    steps.add_argument(
+        "--num_classes", type=int, metavar="K", help="where the data set is not known"
+    )
+    inputs = parser.add_argument_group("the input")
+    inputs.add_argument(
         "--batches", type=_positive, default=30, metavar="N", help="batches alone to measure"
     )
-    parser.add_argument(
+    inputs.add_argument(
         "--steps", type=_count, default=10, metavar="N", help="training steps to measure; 0: none"
     )
-    parser.add_argument(
+    inputs.add_argument(
         "--start", type=_count, default=0, metavar="STEP", help="the first batch's step"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
-    return command.run(parser, argv, _report_input)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write; see above for the names"
+    )
+    return command.run(parser, argv, _report)
+
+
+def _report(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    if arguments.input_only:
+        _check_out(arguments.out)
+        _report_input(arguments, config)
+    elif arguments.overheads:
+        _report_overheads(arguments, config)
+    else:
+        _report_steps(arguments, config)
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise ConfigError unless files can be written beside `out`, which takes long to come."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--out: cannot write to folder {out.parent}: {reason}") from error
+
+
+# What the step costs.
+
+
+def _report_steps(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    for flag in ("pairs", "calls", "num_classes"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} must be at least 1, got {value}")
+    batch_sizes = arguments.batch_sizes or [config.train.batch_size]
+    for size in batch_sizes:
+        if size < 1:
+            raise ConfigError(f"--batch_sizes must be at least 1, got {size}")
+    configs = method_configs(arguments.config, arguments.methods, arguments.overrides)
+    runs = {}
+    for size in dict.fromkeys(batch_sizes):
+        runs[size] = {}
+        for word, own in configs.items():
+            own = own.copy_and_resolve_references()
+            own.train.batch_size = size
+            runs[size][word] = step_cost.random_run(own, arguments.num_classes)
+    _check_out(arguments.out)
+
+    run = runs[batch_sizes[0]][step_cost.BASELINE]
+    print(sharding.describe(run.mesh), flush=True)
+    heading = _heading(arguments, run) | {"pairs": arguments.pairs, "calls": arguments.calls}
+    costs = []
+    for size, methods in runs.items():
+        print(f"batch size {size}: {', '.join(methods)}", file=sys.stderr, flush=True)
+        costs += step_cost.measure(methods, arguments.pairs, arguments.calls)
+    print(benchmark_report.markdown(heading, costs), end="")
+    if arguments.out is not None:
+        paths = benchmark_report.write(arguments.out, heading, costs)
+        print(f"\nwritten: {', '.join(map(str, paths))}")
+
+
+def method_configs(
+    spec: str, words: Sequence[str], overrides: Sequence[str]
+) -> dict[str, ml_collections.ConfigDict]:
+    """The configuration of `spec` (FILE[:network]) with each of the method `words`, joint first.
+
+    Raises ConfigError for a word that is no method of that file.
+    """
+    file, _, preset = spec.partition(":")
+    configs = {}
+    for word in dict.fromkeys((step_cost.BASELINE, *words)):
+        preset_words = ",".join(filter(None, (preset, word)))
+        try:
+            configs[word] = configuration.load(f"{file}:{preset_words}", overrides)
+        except ConfigError as error:
+            raise ConfigError(f"--methods {word}: {error}") from error
+        if not _is_method(file, word):
+            raise ConfigError(f"--methods: {word!r} is a network word of {file}, not a method word")
+    return configs
+
+
+def _is_method(file: str, word: str) -> bool:
+    # A network word goes together with a method word; a second method word is refused.
+    try:
+        configuration.load(f"{file}:{word},{step_cost.BASELINE}")
+    except ConfigError:
+        return True
+    return False
+
+
+def _heading(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
+    return {
+        "config": arguments.config,
+        "overrides": list(arguments.overrides),
+        "network": run.config.model.name,
+        "image_shape": list(run.data.spec.image_shape),
+        "num_classes": run.data.spec.num_classes,
+        "precision": run.config.train.precision,
+        "machine": benchmark_report.machine(),
+        "versions": benchmark_report.versions(),
+    }
+
+
+# What else a run spends time on.
+
+
+def _report_overheads(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    if arguments.pairs < 1:
+        raise ConfigError(f"--pairs must be at least 1, got {arguments.pairs}")
+    run = step_cost.random_run(config, arguments.num_classes)
+    _check_out(arguments.out)
+    print(sharding.describe(run.mesh), flush=True)
+    found = overheads.measure(run, arguments.pairs)
+    print(f"{run.config.model.name}, batches of {config.train.batch_size}\n")
+    print(found.table())
+    if arguments.out is not None:
+        figures = _heading(arguments, run) | {"batch_size": config.train.batch_size}
+        figures |= {"config_sha256": step_cost.sha256(config), **found.as_json()}
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+# How fast the input is.
 
 
 def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:

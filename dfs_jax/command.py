@@ -50,8 +50,12 @@ def run(
     argv: Sequence[str] | None,
     body: Callable[[argparse.Namespace, ml_collections.ConfigDict | None], None],
 ) -> int:
-    """Parse `argv`, load the configuration if one was given, call `body`; the exit status."""
+    """Parse `argv`, load the configuration if one was given, call `body`; the exit status.
+
+    `arguments.overrides` is what `--config.SECTION.FIELD=VALUE` gave, as `config.load` takes it.
+    """
     arguments, overrides = _parse(parser, sys.argv[1:] if argv is None else list(argv))
+    arguments.overrides = tuple(overrides)
     for variable, quiet in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):
         os.environ.setdefault(variable, quiet)  # TensorFlow only reads and writes files here
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -45,10 +45,16 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Run:
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: str | None = None,
+    *,
+    source: data.Data | None = None,
+) -> Run:
     """Check the whole configuration, then prepare its data; nothing is compiled.
 
-    With a `workdir`, refuses one that another experiment used. Raises ConfigError.
+    With a `workdir`, refuses one that another experiment used. A `source` takes the place of
+    the configured data. Raises ConfigError.
     """
     model = network(config, num_classes=1)
     losses = objective(config, model.num_exits)
@@ -62,7 +68,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | None = None) -> Ru
     if workdir is not None:
         workdirs.check(config, workdir)
 
-    source = data.create(config)
+    if source is None:
+        source = data.create(config)
     model = model.clone(num_classes=source.spec.num_classes)
     _check_images(model, losses, source.spec.image_shape, config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
@@ -152,7 +159,7 @@ def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
             "set exactly one of train.epochs and train.steps to a positive number, "
             f"got {train.epochs} and {train.steps}"
         )
-    for field in ("eval_every", "checkpoint_every", "log_every"):
+    for field in ("eval_every", "checkpoint_every", "log_every", "conflict_every"):
         if train[field] < (field == "log_every"):
             raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
     if not 0 <= train.ema < 1:

@@ -42,7 +42,9 @@ DATA_SETS: dict[str, tuple[tuple[int, int, int], int]] = {
     "digits": ((8, 8, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
-    "imagenet": ((224, 224, 3), 1000),
+    "double_digits/clean": ((32, 32, 3), 100),
+    "double_digits/hard": ((32, 32, 3), 100),
+    "imagenet2012": ((224, 224, 3), 1000),
 }
 
 

@@ -1,12 +1,12 @@
-"""Plots of the evaluation, each drawn from plain arrays and returned as the bytes of a PNG file.
+"""Plots of evaluations and benchmarks, drawn from plain arrays and returned as bytes of PNG files.
 
-What the numbers are is said by whoever computes them (`evaluate`, `early_exit`). Matplotlib is
+What the numbers are is said by whoever computes them (`evaluate`, `benchmark`). Matplotlib is
 imported when something is drawn, and never touches a display. Accuracies come in as fractions and
 costs in multiply-adds per image.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,48 @@ def accuracy_against_cost(
         axes.plot(_in(costs, unit), _percent(top1), "o" + style, ms=4, label=label)
     _label(axes, f"cost per image ({name} multiply-adds)", "accuracy (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def step_times(title: str, groups: Mapping[int, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """Seconds of a training step as stacked bars, as milliseconds per image.
+
+    `groups` holds, by batch size and by method, the parts of a step, from the bottom up. A part
+    that noise made negative is drawn as nothing.
+    """
+    figure, axes = _figure(title, wide=True, rows=1)
+    labels, places, at, highest = [], [], 0.0, 0.0
+    colours = ("tab:blue", "tab:orange", "lightgrey")
+    for batch_size, methods in groups.items():
+        begin = at
+        for method, parts in methods.items():
+            bottom = 0.0
+            for (part, seconds), colour in zip(parts.items(), colours, strict=True):
+                height = max(0.0, 1e3 * seconds / batch_size)
+                label = part if not places else None
+                axes.bar(at, height, 0.8, bottom, color=colour, label=label)
+                bottom += height
+            axes.annotate(f"{bottom:.3g}", (at, bottom), ha="center", va="bottom", fontsize=8)
+            highest = max(highest, bottom)
+            labels.append(method)
+            places.append(at)
+            at += 1
+        axes.annotate(
+            f"batch {batch_size}",
+            ((begin + at - 1) / 2, 1.0),
+            (0, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+        at += 0.6
+    axes.set_xticks(places, labels, rotation=30 if len(labels) > 6 else 0)
+    axes.set_ylabel("ms per image")
+    axes.set_ylim(0, 1.2 * highest or 1)  # room for the batch sizes
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, reverse=True)
     return _png(figure)
 
 
