@@ -97,6 +97,8 @@ def default() -> ml_collections.ConfigDict:
     c.train.eval_every = 0  # steps between evaluations; 0: once per epoch
     c.train.checkpoint_every = 0  # steps between checkpoints; 0: once per epoch
     c.train.log_every = 10  # steps between lines of training metrics
+    c.train.conflict_every = 100  # steps between measurements of the angles between the exits'
+    # gradients, which take a gradient tree per exit of memory; 0: off
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
     c.train.init_from = config_dict.placeholder(str)  # workdir whose weights the run starts from
     c.train.freeze = ()  # patterns of parameter paths that keep their weights; see freeze.py

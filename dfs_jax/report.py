@@ -85,7 +85,7 @@ class Reporter:
     def __init__(self, run: Run, writer: metrics.MetricWriter, start: int):
         self._run, self._writer = run, writer
         self._progress = metrics.Progress(run.total_steps, start_step=start)
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, Mapping[str, Any]] | None = None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         train = run.config.train
         self._step_flops = 0
@@ -93,21 +93,28 @@ class Reporter:
             shape = run.data.spec.image_shape
             self._step_flops = flops.training_flops(run.network, shape, train.batch_size)
 
-    def step_done(self, step: int, measured: Any, waited: float) -> None:
-        """Take the device arrays of `step`, for whose batch the host waited that many seconds."""
+    def step_done(
+        self, step: int, measured: Any, waited: float, seen: Mapping[str, jax.Array] | None = None
+    ) -> None:
+        """Take the device arrays of `step`, for whose batch the host waited that many seconds.
+
+        `seen` are further metrics of the step, () each; one that is NaN does not exist.
+        """
         self._waited += waited  # within the time that the report of the step before covers
         self.settle()
-        self._pending = (step, measured)
+        self._pending = (step, measured, seen or {})
 
     def settle(self) -> None:
         """Wait for the last step's measurements; raises TrainingError if one is not finite."""
         if self._pending is None:
             return
-        step, measured = self._pending
+        step, measured, seen = self._pending
         self._pending = None
-        measured = jax.device_get(measured)
+        measured, seen = jax.device_get((measured, seen))
         _check_finite(step, measured)
         self._steps += 1
+        if seen:
+            self._writer.write(step, {k: float(v) for k, v in seen.items() if not np.isnan(v)})
         if step % self._run.config.train.log_every == 0 or step == self._run.total_steps:
             self._report(step, measured)
 

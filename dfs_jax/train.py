@@ -27,7 +27,7 @@ from dfs_jax import checkpoint, evaluate, experiment, flops, freeze, metrics, re
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
-from dfs_jax.gradients import Problem, Restart
+from dfs_jax.gradients import Problem, Restart, conflict
 from dfs_jax.saving import Preempted, Saves
 
 log = logging.getLogger(__name__)
@@ -87,26 +87,32 @@ def _loop(run: Run, state: TrainState, start: int, directory, saves, writer, hel
     """Steps `start`+1 … total, with evaluation and checkpoints on their way."""
     eval_every = _every(run, "eval")
     by_batch, everywhere = sharding.batch(run.mesh), sharding.replicated(run.mesh)
-    train_step = make_train_step(run)
+    train_step, probe = make_train_step(run), make_conflict_probe(run)
+    probe_every = run.config.train.conflict_every
     count = evaluate.counter(run.network, everywhere)
     reporter = report.Reporter(run, writer, start)
     profile = report.Profile(run, directory)
 
+    # Told to end at a step that was to be evaluated, a run saved it without.
+    owed = sharding.agreed(start > 0 and not metrics.has(directory, start, "eval/mean/top1"))
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps + 1):
         profile.after(step, reporter)
         last = step == run.total_steps
         preempted = not last and saves.preempted(step)
         scores: dict[str, float] = {}
-        if step > start and (last or step % eval_every == 0) and not preempted:
+        new = step > start
+        if (new or owed) and (last or step % eval_every == 0) and not preempted:
             with reporter.paused():
                 counts = evaluate.evaluate(count, state.variables, held_out, by_batch)
                 scores = metrics.summarise(counts, "eval")
                 reporter.evaluated(step, scores)
-        if step > start and (last or preempted):
+            if not new:
+                saves.scored(step, scores)
+        if new and (last or preempted):
             with reporter.paused():
                 saves.finish(step, state, scores)
-        elif step > start and saves.due(step):
+        elif new and saves.due(step):
             with reporter.paused():  # settles first: only a finite state is saved
                 saves.save(step, state, scores)
         if preempted:
@@ -117,8 +123,10 @@ def _loop(run: Run, state: TrainState, start: int, directory, saves, writer, hel
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
+            due = probe_every and (step + 1) % probe_every == 0
+            seen = probe(state, batch) if due else {}
             state, measured = train_step(state, batch)
-        reporter.step_done(step + 1, measured, waited)
+        reporter.step_done(step + 1, measured, waited, seen)
     return state
 
 
@@ -138,8 +146,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
     config, optimizer = run.config, run.optimizer
 
     def gradients(state, batch, rng):
-        dropout_rng, method_rng = jax.random.split(rng)
-        problem = Problem(run.network, run.objective, batch, state.batch_stats, dropout_rng)
+        problem, method_rng = _problem(run, state, batch, rng)
         result, aux, method_state = run.method.apply(
             problem, state.params, state.method_state, method_rng
         )
@@ -149,7 +156,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
         return state, (result, aux.losses, correct)
 
     def step(state: TrainState, batch):
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        rng = _step_rng(run, state)
         if config.train.accumulation == 1:
             state, (result, losses, correct) = gradients(state, batch, rng)
         else:
@@ -174,6 +181,34 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
     return jax.jit(step, donate_argnums=0, out_shardings=placement)
 
 
+def make_conflict_probe(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]], Any]:
+    """The compiled function (state, batch) -> cosines between the exits' gradients, by name.
+
+    They are those of the step that is about to be taken, of its first microbatch if there are
+    several. A program of its own: whether it runs changes no bit of the step.
+    """
+
+    def probe(state: TrainState, batch):
+        rng = _step_rng(run, state)
+        if run.config.train.accumulation > 1:
+            batch = jax.tree.map(lambda x: _microbatches(run, x)[0], batch)
+            rng = jax.random.fold_in(rng, 0)
+        problem, _ = _problem(run, state, batch, rng)
+        return conflict.scalars(conflict.measure(problem, state.params))
+
+    return jax.jit(probe, out_shardings=sharding.replicated(run.mesh))
+
+
+def _step_rng(run: Run, state: TrainState) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(run.config.seed), state.step)
+
+
+def _problem(run: Run, state: TrainState, batch: Any, rng: jax.Array) -> tuple[Problem, jax.Array]:
+    """What a method works on, and the method's own random key."""
+    dropout_rng, method_rng = jax.random.split(rng)
+    return Problem(run.network, run.objective, batch, state.batch_stats, dropout_rng), method_rng
+
+
 def _descend(optimizer: optax.GradientTransformation, result: Any, state: TrainState):
     """New parameters and optimizer state from a method's result, its gradients, the updates."""
     if not isinstance(result, Restart):
@@ -195,11 +230,6 @@ def _accumulated(run: Run, gradients: Callable, state: TrainState, batch: Any, r
     """`gradients` over `train.accumulation` microbatches: means of gradients and losses."""
     count = run.config.train.accumulation
 
-    def microbatches(x):
-        # Every device cuts its own examples, whatever their number: none moves.
-        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, sharding.microbatches(run.mesh))
-
     def body(carry, part):
         state, total = carry
         index, batch = part
@@ -208,9 +238,17 @@ def _accumulated(run: Run, gradients: Callable, state: TrainState, batch: Any, r
         return (state, total), (losses, correct)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    parts = (jnp.arange(count), jax.tree.map(microbatches, batch))
+    parts = (jnp.arange(count), jax.tree.map(lambda x: _microbatches(run, x), batch))
     (state, gradient), (losses, correct) = jax.lax.scan(body, (state, zeros), parts)
     return state, (gradient, jnp.mean(losses, axis=0), jnp.sum(correct, axis=0))
+
+
+def _microbatches(run: Run, x: jax.Array) -> jax.Array:
+    """Examples (B, …) as (train.accumulation, B / train.accumulation, …)."""
+    count = run.config.train.accumulation
+    # Every device cuts its own examples, whatever their number: none moves.
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, sharding.microbatches(run.mesh))
 
 
 def _ema_decay(config: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ _FREE = {
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.compilation_cache",
+    "train.conflict_every",
     "train.eval_batch_size",
     "train.eval_every",
     "train.log_every",

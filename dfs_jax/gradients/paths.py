@@ -1,4 +1,4 @@
-"""Which exits a parameter tensor has an influence on, read from the traced computation."""
+"""Which exits and which segment a parameter tensor belongs to, read from the traced computation."""
 
 from typing import Any
 
@@ -26,3 +26,27 @@ def exits_by_tensor(problem: Problem, params: Any) -> Any:
         used.append(needed[: len(tensors)])
     columns = [np.array(column) for column in zip(*used, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), columns)
+
+
+def segments_by_tensor(problem: Problem, params: Any) -> Any:
+    """A tree like `params`: the segment (from 0) that a tensor is part of, -1 for exits' own.
+
+    Nothing is compiled or computed.
+    """
+    given = (params, problem.batch_stats, problem.batch["image"])
+    params, statistics, carry = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given
+    )
+    leaves, structure = jax.tree.flatten(params)
+    owners = [-1] * len(leaves)
+    for i in range(problem.num_exits):
+
+        def advance(params, carry, statistics, i=i):
+            return problem.advance(params, carry, i, statistics)[0]
+
+        closed, (carry, _) = jax.make_jaxpr(advance, return_shape=True)(params, carry, statistics)
+        _, needed = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        for k, used in enumerate(needed[: len(leaves)]):
+            if used and owners[k] < 0:
+                owners[k] = i
+    return jax.tree.unflatten(structure, owners)
