@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 300
 
 # Fields of `meta` that belong to this module.
-_RESERVED = ("digest", "score", "sha256")
+_RESERVED = ("digest", "scores", "sha256")
 
 
 class CheckpointError(RuntimeError):
@@ -138,17 +138,23 @@ class Checkpointer(contextlib.AbstractContextManager):
         record = dict(meta) | {"digest": digest(state)}
         score = self._score(metrics)
         if score is not None:
-            record["score"] = {self._best_metric: score}
+            self._scores[step] = score  # before the save, which asks what to keep
+        known = {*self.all_steps(), step} & self._scores.keys()
+        record["scores"] = {self._best_metric: {s: self._scores[s] for s in sorted(known)}}
         record = json.loads(json.dumps(record))
         record["sha256"] = _sha256(record)
-        if score is not None:
-            self._scores[step] = score  # before the save, which asks what to keep
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave(record)
         )
         self._saving = step
         self._together(lambda: self._manager.save(step, args=args, force=True))
         return True
+
+    def scored(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that was saved without them; the next save records them."""
+        score = self._score(metrics)
+        if score is not None:
+            self._scores[step] = score
 
     @jax.transfer_guard("allow")
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
@@ -311,9 +317,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             return
         for step in self.all_steps():
             with contextlib.suppress(_Damaged):
-                score = self._read_meta(step).get("score", {}).get(self._best_metric)
-                if score is not None:
-                    self._scores[step] = score
+                scores = self._read_meta(step).get("scores", {}).get(self._best_metric, {})
+                self._scores |= {int(s): score for s, score in scores.items()}
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         def read():

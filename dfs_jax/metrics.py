@@ -209,6 +209,11 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     ]
 
 
+def has(workdir: epath.PathLike, step: int, name: str) -> bool:
+    """Whether `<workdir>/metrics.jsonl` has the scalar `name` of `step`."""
+    return any(line["step"] == step and name in line for line in read_metrics(workdir))
+
+
 def _path(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir) / "metrics.jsonl"
 

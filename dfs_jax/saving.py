@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.experimental import multihost_utils
 
+from dfs_jax import sharding
 from dfs_jax.checkpoint import Checkpointer, CheckpointError
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,7 @@ class Saves:
         if not self._seconds or step % self._clock_steps:
             return False
         late = time.monotonic() - self._last >= self._seconds
-        if jax.process_count() > 1:  # one clock decides for all
-            with jax.transfer_guard("allow"):
-                late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
-        return late
+        return sharding.agreed(late)  # one clock decides for all
 
     def preempted(self, step: int) -> bool:
         """Whether this run is to save and end after `step`; the same answer on all processes."""
@@ -77,6 +74,10 @@ class Saves:
             self._saver.wait()
         with self._reported():
             self._saver.save(step, state, {"step": step}, scores)
+
+    def scored(self, step: int, scores: Mapping[str, float]) -> None:
+        """Takes the scores of `step`, which was saved in a hurry without them."""
+        self._saver.scored(step, scores)
 
     def finish(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
         """Save the last state and wait for it, several times if need be; raises SavingError."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dfs_jax.config import ConfigError
@@ -163,6 +165,14 @@ def spread(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
     return jax.tree.map(place, tree)
+
+
+def agreed(answer: bool) -> bool:
+    """The answer of process 0, in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return answer
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def bytes_per_device(tree: Any) -> int:

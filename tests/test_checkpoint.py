@@ -138,6 +138,18 @@ def test_newest_two_and_the_old_best_are_kept_also_over_restarts(folder):
         assert_identical(c.restore(make_state(0), step=c.best_step()).state, make_state(2))
 
 
+def test_scores_that_come_late_are_remembered_by_the_next_save(folder):
+    with Checkpointer(folder, best_metric="eval/mean/top1") as c:
+        c.save(1, make_state(1), {}, {})
+        assert c.best_step() is None
+        c.scored(1, {"eval/mean/top1": 0.7})
+        for step in (2, 3, 4):
+            c.save(step, make_state(step), {}, {"eval/mean/top1": 0.5})
+    with Checkpointer(folder, best_metric="eval/mean/top1", read_only=True) as c:
+        assert c.all_steps() == [1, 3, 4]
+        assert c.best_step() == 1
+
+
 def test_checkpoints_without_metrics_are_never_best(folder, caplog):
     with Checkpointer(folder, best_metric="eval/mean/top1") as c:
         for step in (1, 2, 3):

@@ -217,18 +217,31 @@ def test_metrics_that_never_reach_the_disk_are_counted_at_the_end(tmp_path, capl
     assert "The last 2 records are missing" in caplog.text
 
 
+def scores_of(workdir):
+    """[(step, the scores of its evaluation)], in the order of the file, and the best step."""
+    lines = [
+        (line["step"], {k: v for k, v in line.items() if k.startswith("eval/")})
+        for line in metrics.read_metrics(workdir)
+    ]
+    with Checkpointer(
+        workdir / "checkpoints", best_metric="eval/mean/top1", read_only=True
+    ) as saver:
+        return [line for line in lines if line[1]], saver.best_step()
+
+
 class TestSigterm:
     """A run that is told to end, in this process."""
 
+    @pytest.mark.parametrize("moment", [5, 8])  # 8: a step that is to be evaluated
     def test_it_saves_ends_with_a_sentence_and_goes_on_to_the_same_bits(
-        self, tmp_path, monkeypatch
+        self, moment, tmp_path, monkeypatch
     ):
         config = tiny_run.config()
         train.train_and_evaluate(config, str(tmp_path / "whole"))
         original = report.Reporter.step_done
 
         def told(self, step, *rest):
-            if step == 5:
+            if step == moment:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, step, *rest)
 
@@ -236,11 +249,13 @@ class TestSigterm:
         broken = tmp_path / "broken"
         with monkeypatch.context() as patch:
             patch.setattr(report.Reporter, "step_done", told)
-            with pytest.raises(Preempted, match=r"told to end: step 5 is saved; the same command"):
+            with pytest.raises(
+                Preempted, match=f"told to end: step {moment} is saved; the same command"
+            ):
                 train.train_and_evaluate(config, str(broken))
         assert signal.getsignal(signal.SIGTERM) is before
-        assert (broken / "checkpoints" / "5").is_dir()
-        assert max(r["step"] for r in metrics.read_metrics(broken)) <= 5
+        assert (broken / "checkpoints" / str(moment)).is_dir()
+        assert max(r["step"] for r in metrics.read_metrics(broken)) <= moment
         train.train_and_evaluate(config, str(broken))
         run = experiment.prepare(config)
         a, b = (
@@ -249,3 +264,4 @@ class TestSigterm:
         )
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert x.tobytes() == y.tobytes()
+        assert scores_of(tmp_path / "broken") == scores_of(tmp_path / "whole")
