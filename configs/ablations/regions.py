@@ -1,0 +1,36 @@
+"""Where Deep Feature Surgery wins and where it loses: length, width and network varied one by one.
+
+    python -m dfs_jax.ablate --config configs/ablations/regions.py --workdir runs/regions
+
+Two seeds each on the `clean` double digits, in batches of 64. docs/results.md has what came of it.
+"""
+
+from dfs_jax.ablate import Grid
+
+_STEPS = "train.steps={}"
+_WIDTHS = "model.options.widths={}"
+
+
+def get_grid() -> Grid:
+    """Each setting changes one thing of `base`; the methods are compared within a setting."""
+    settings = {
+        "base": [],
+        "400 steps": [_STEPS.format(400)],
+        "msdnet": ["preset=msdnet"],
+        "resnet18": ["preset=resnet18"],
+        "width 8": [_WIDTHS.format("((8,8),(16,16),(32,32))")],
+        "3600 steps": [_STEPS.format(3600)],
+        "width 32": [_WIDTHS.format("((32,32),(64,64),(128,128))")],
+    }
+    methods = {word: [f"preset={word}"] for word in ("joint", "dfs", "dfs_all")}
+    return Grid(
+        base="../double_digits.py",
+        axes={"setting": settings, "method": methods, "seeds": range(2)},
+        baseline={"method": "joint"},
+        overrides=(
+            "train.steps=1200",
+            "train.batch_size=64",
+            "optimizer.learning_rate=0.05",
+            "train.eval_every=400",
+        ),
+    )
