@@ -72,11 +72,11 @@ class Overheads:
                 _ms(self.evaluation_seconds),
                 f"{self.evaluation_share:.1%} of a step",
             ),
-            ("tracing the step", _ms(self.trace_seconds), ""),
-            ("compiling it", _ms(self.compile_seconds), "without a persistent cache"),
-            ("fetching it", _ms(self.cached_seconds), "from the persistent cache"),
+            ("tracing the step", f"{self.trace_seconds:.1f} s", ""),
+            ("compiling it", f"{self.compile_seconds:.1f} s", "without a persistent cache"),
+            ("fetching it", f"{self.cached_seconds:.1f} s", "from the persistent cache"),
         ]
-        return metrics.format_table(rows, ("", "ms", ""))
+        return metrics.format_table(rows, ("", "time", ""))
 
 
 def measure(run: Run, repeats: int) -> Overheads:
@@ -199,4 +199,4 @@ def _waiting(function: Callable[..., Any], *arguments: Any) -> Callable[[], int]
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f}"
+    return f"{1e3 * seconds:.2f} ms"
