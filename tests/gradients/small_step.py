@@ -1,0 +1,48 @@
+"""The training step of `train.py` on the network of `tiny.py`, without a configuration's data."""
+
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from dfs_jax import config as configuration
+from dfs_jax import experiment, gradients, optim, sharding, train
+from dfs_jax.objectives import Objective
+
+RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.01
+
+
+def make_run(name, *, net=None, objective=Objective(), devices=1, **options):  # noqa: B008
+    """A run of gradient method `name` in float64: SGD with momentum and weight decay."""
+    net = net or tiny.network(dtype=jnp.float64)
+    c = configuration.default()
+    c.mesh.data = devices
+    c.optimizer.learning_rate, c.optimizer.momentum = RATE, MOMENTUM
+    c.optimizer.weight_decay, c.optimizer.schedule = DECAY, "constant"
+    optimizer, schedule = optim.create_optimizer(c, steps_per_epoch=1, total_steps=1)
+    method = gradients.create(name, num_exits=net.num_exits, **options)
+    method.check(net, objective)
+    data = SimpleNamespace(spec=SimpleNamespace(image_shape=(2, 2, 1)))
+    mesh = sharding.create_mesh(c)
+    return experiment.Run(c, data, net, objective, method, optimizer, schedule, mesh, 1.0, 1)
+
+
+def batch(step, size=16):
+    """The batch of a step: NumPy images (B, 2, 2, 1) and labels (B,) of three classes."""
+    rng = np.random.default_rng(step)
+    labels = rng.integers(0, 3, size)
+    images = rng.normal(size=(size, 2, 2, 1)) + labels[:, None, None, None]
+    return {"image": images, "label": labels}
+
+
+def states(run, size=16):
+    """The state before the first step and after every one, with the losses (N,) of that step."""
+    state, step = train.initial_state(run), train.make_train_step(run)
+    yield jax.device_get(state), None
+    for at in itertools.count():
+        placed = jax.device_put(batch(at, size), sharding.batch(run.mesh))
+        state, measured = step(state, placed)
+        yield jax.device_get((state, measured["losses"]))
