@@ -128,7 +128,7 @@ def _per_exit(run: Run, state: Any, batch: Any, repeats: int):
         arguments = (state.params, state.batch_stats, batch)
         compiled, cost = step_cost.compiled_cost(jax.jit(function), *arguments)
         flops[name], calls[name] = cost.flops, _waiting(compiled, *arguments)
-    times = step_cost.time_pairs(calls, "summed", repeats)
+    times = step_cost.time_pairs({"": calls}, "summed", repeats)[""]
     return flops, {name: samples.median for name, samples in times.items()}
 
 
@@ -137,7 +137,8 @@ def _evaluation(run: Run, state: Any, batch: Any, repeats: int) -> float:
     labels = batch["label"] if batch["label"].ndim == 1 else jnp.argmax(batch["label"], -1)
     masked = {"image": batch["image"], "label": labels, "mask": jnp.ones_like(labels, bool)}
     call = _waiting(count, state.variables, masked)
-    return step_cost.time_pairs({"evaluation": call}, "evaluation", repeats)["evaluation"].median
+    times = step_cost.time_pairs({"": {"evaluation": call}}, "evaluation", repeats)
+    return times[""]["evaluation"].median
 
 
 def _compilation(step: Any, state: Any, batch: Any) -> tuple[step_cost.Cost, float]:

@@ -297,31 +297,38 @@ def _configure(values: Mapping[str, Any]) -> None:
 
 
 def time_pairs(
-    calls: Mapping[str, Callable[[], int]],
+    groups: Mapping[str, Mapping[str, Callable[[], int]]],
     baseline: str,
     pairs: int,
     clock: Clock = time.perf_counter,
-) -> dict[str, Samples]:
-    """Seconds of every one of `calls`, each paired with the `baseline` just before it.
+) -> dict[str, dict[str, Samples]]:
+    """Seconds of every call of every group, each paired with the `baseline` just before it.
 
-    A call runs to its end and returns how often it did its work. One round takes every method
-    in turn, with the baseline again before each: A B A C, A B A C, ….
+    A call runs to its end and returns how often it did its work. A round takes one group after
+    the other, so that they meet the same machine; in a group every call in turn, with the
+    baseline again before each: A B A C.
     """
-    own: dict[str, list[float]] = {name: [] for name in calls}
-    before: dict[str, list[float]] = {name: [] for name in calls}
-    others = [name for name in calls if name != baseline]
-    for call in calls.values():
-        for _ in range(_WARMUP):
-            call()
+    own = {group: {name: [] for name in calls} for group, calls in groups.items()}
+    before = {group: {name: [] for name in calls} for group, calls in groups.items()}
+    for calls in groups.values():
+        for call in calls.values():
+            for _ in range(_WARMUP):
+                call()
     for _ in range(pairs):
-        for other in others:
-            reference = _seconds(calls[baseline], clock)
-            own[baseline].append(reference)
-            before[other].append(reference)
-            own[other].append(_seconds(calls[other], clock))
-        if not others:
-            own[baseline].append(_seconds(calls[baseline], clock))
-    return {name: Samples(tuple(own[name]), tuple(before[name])) for name in calls}
+        for group, calls in groups.items():
+            others = [name for name in calls if name != baseline]
+            for other in others or [None]:
+                reference = _seconds(calls[baseline], clock)
+                own[group][baseline].append(reference)
+                if other is not None:
+                    before[group][other].append(reference)
+                    own[group][other].append(_seconds(calls[other], clock))
+    return {
+        group: {
+            name: Samples(tuple(own[group][name]), tuple(before[group][name])) for name in calls
+        }
+        for group, calls in groups.items()
+    }
 
 
 def _seconds(call: Callable[[], int], clock: Clock) -> float:
@@ -335,10 +342,8 @@ def measure(
 ) -> list[StepCost]:
     """The cost of every method of `runs`, all at one batch size, `BASELINE` among them."""
     compiled = {method: programs(run, calls) for method, run in runs.items()}
-    times = {
-        phase: time_pairs({m: own[phase] for m, own in compiled.items()}, BASELINE, pairs, clock)
-        for phase in PHASES
-    }
+    groups = {phase: {m: own[phase] for m, own in compiled.items()} for phase in PHASES}
+    times = time_pairs(groups, BASELINE, pairs, clock)
     return [
         StepCost(
             method=method,

@@ -211,7 +211,7 @@ def test_a_second_method_word_is_refused(capsys):
 def test_methods_take_turns_with_the_baseline():
     done, now = [], itertools.count()
     calls = {name: lambda name=name: done.append(name) or 2 for name in ("b", "a", "c")}
-    times = step_cost.time_pairs(calls, "a", 2, clock=lambda: next(now) ** 2)
+    times = step_cost.time_pairs({"": calls}, "a", 2, clock=lambda: next(now) ** 2)[""]
     warm_up = 2 * len(calls)
     assert "".join(done[warm_up:]) == "abac" * 2
     # Call n runs from second (2n)^2 to (2n + 1)^2 and does its work twice.
@@ -225,10 +225,22 @@ def test_methods_take_turns_with_the_baseline():
     assert times["c"].ratios.tolist() == [seconds[3] / seconds[2], seconds[7] / seconds[6]]
 
 
+def test_phases_of_a_step_take_turns_too():
+    done = []
+    groups = {
+        phase: {name: lambda word=phase + name: done.append(word) or 1 for name in "ab"}
+        for phase in "fs"
+    }
+    times = step_cost.time_pairs(groups, "a", 2, clock=lambda: 0.0)
+    assert done[8:] == ["fa", "fb", "sa", "sb"] * 2
+    assert {phase: set(of) for phase, of in times.items()} == {"f": {"a", "b"}, "s": {"a", "b"}}
+
+
 def test_a_baseline_alone_is_timed_as_often():
     done = []
-    times = step_cost.time_pairs({"a": lambda: done.append("a") or 1}, "a", 3, clock=lambda: 0.0)
-    assert times["a"].own == (0.0,) * 3
+    calls = {"": {"a": lambda: done.append("a") or 1}}
+    assert step_cost.time_pairs(calls, "a", 3, clock=lambda: 0.0)[""]["a"].own == (0.0,) * 3
+    assert len(done) == 2 + 3
 
 
 def _ticking():
