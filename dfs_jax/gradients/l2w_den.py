@@ -55,6 +55,9 @@ def l2w_den(
     for name, value in (("quota", quota), ("virtual_rate", virtual_rate), ("hidden", hidden)):
         if not value > 0:
             raise ValueError(f"gradients.options.{name} must be positive, got {value}")
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"gradients.options.{name} must be 0 or more, got {value}")
     adam = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
     def init(params):

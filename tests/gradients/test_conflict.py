@@ -57,6 +57,7 @@ def test_cosines_are_those_of_the_gradients(surgery):
     params, problem, found = measured(net)
     gradients = exits_gradients(problem, params)
     backbone = [n for n in gradients[0] if not is_exits_own(n)]
+    layers = {path: matrix for segment in found.layers for path, matrix in segment.items()}
     for i in range(EXITS):
         for j in range(EXITS):
             shared = [n for n in backbone if tiny.segment_of(n) <= min(i, j)]
@@ -64,14 +65,14 @@ def test_cosines_are_those_of_the_gradients(surgery):
             for s in range(EXITS):
                 here = [n for n in backbone if tiny.segment_of(n) == s]
                 parts.append((found.segments[s], here))
-            for path, matrix in found.layers.items():
+            for path, matrix in layers.items():
                 parts.append((matrix, [n for n in backbone if n.rpartition("/")[0] == path]))
             for matrix, names in parts:
                 assert names
                 want = angle(gradients[i], gradients[j], names)
                 np.testing.assert_allclose(matrix[i, j], want, atol=1e-12, err_msg=str(names))
     useless = f"sides_{EXITS - 1}"  # nothing follows what it hands on
-    assert {*found.layers, useless} == {n.rpartition("/")[0] for n in backbone}
+    assert {*layers, useless} == {n.rpartition("/")[0] for n in backbone}
 
 
 def test_an_exit_has_no_angle_in_deeper_segments():
@@ -89,7 +90,7 @@ def test_surgery_leaves_nothing_to_disagree_on():
     joint = measured(tiny.network(side=False))[2]
     for s in range(EXITS - 1):
         for j in range(s + 1, EXITS):
-            assert found.segments[s, s, j] == found.layers[f"mains_{s}"][s, j] == 0.0
+            assert found.segments[s, s, j] == found.layers[s][f"mains_{s}"][s, j] == 0.0
             assert joint.segments[s, s, j] != 0
     assert found.segments[0, 1, 2] != 0  # both train what segment 1 hands on
 
@@ -147,7 +148,7 @@ def test_known_angles(a, b, want):
     params = {"shared": {"w": jnp.ones(3)}}
     problem = tiny.Problem(Linear(np.float64(a), np.float64(b)), Raw(), batch, {}, None)
     found = conflict.measure(problem, params)
-    for matrix in (found.overall, found.segments[0], found.layers["shared"]):
+    for matrix in (found.overall, found.segments[0], found.layers[0]["shared"]):
         np.testing.assert_allclose(matrix[0, 1], want, rtol=1e-12)
         assert np.isnan(matrix[0, 0]) == np.isnan(want)
     assert np.isnan(found.segments[1]).all()
@@ -164,14 +165,16 @@ def test_tensors_belong_to_the_segment_that_reads_them():
 
 def test_names_of_the_metrics():
     segments = np.arange(8.0).reshape(2, 2, 2)
-    layers = {"a/b": np.array([[1, 0.25], [0.25, 1]]), "c": np.full((2, 2), np.nan)}
+    layers = ({"a/b": np.array([[1, 0.25], [0.25, 1]])}, {"c": np.full((2, 2), np.nan)})
     found = conflict.scalars(conflict.Conflict(segments, np.array([[1, 0.5], [0.5, 1]]), layers))
-    assert {name for name, value in found.items() if np.isnan(value)} == {"conflict/layer/c"}
-    del found["conflict/layer/c"]
+    assert {name for name, value in found.items() if np.isnan(value)} == {
+        "conflict/segment2/layer/c"
+    }
+    del found["conflict/segment2/layer/c"]
     assert found == {
         "conflict/exit1_exit2": 0.5,
         "conflict/segment1/exit1_exit2": 1.0,
-        "conflict/layer/a/b": 0.25,
+        "conflict/segment1/layer/a/b": 0.25,
     }
 
 
