@@ -22,7 +22,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from dfs_jax import ablation_report, command, metrics, train
+from dfs_jax import ablation_report, command, conflict_report, metrics, train
 from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
 
@@ -145,7 +145,8 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         place = directory / "runs" / cell.name
         result = scores(place)
         if result is not None:
-            rows.append(ablation_report.Row(cell.labels, result, _seconds(place)))
+            conflict = conflict_report.of_workdir(place)
+            rows.append(ablation_report.Row(cell.labels, result, _seconds(place), conflict))
     if rows:
         ablation_report.write(directory, rows, grid.baseline)
         print(ablation_report.markdown(rows, grid.baseline), flush=True)

@@ -5,7 +5,8 @@
     report.md     one line a configuration: mean ± deviation over seeds, in percent, best in bold,
                   and the paired difference to the baseline with its 95 % interval
     curves.png    accuracy against cost of every configuration
-    report.html   the table and the curves in one file that needs nothing else
+    conflict.png  angles between the exits' gradients, where training has measured them
+    report.html   the table and the pictures in one file that needs nothing else
 
 Which runs there are is the business of `ablate.py`.
 """
@@ -14,6 +15,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,9 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dfs_jax import plots
+from dfs_jax import conflict_report, plots
+from dfs_jax.conflict_report import History
 
 SEEDS = "seeds"  # the axis over which results are averaged
+_PICTURED = 12  # configurations whose conflict is drawn; more make no readable picture
 
 
 class Row(NamedTuple):
@@ -32,6 +36,7 @@ class Row(NamedTuple):
     labels: Mapping[str, str]  # by axis
     scores: Mapping[str, float]  # test/exit1/top1 …, test/exit1/cost …, test/ensemble/top1
     seconds: float | None
+    conflict: History | None = None  # between the exits' gradients
 
 
 class Summary(NamedTuple):
@@ -58,17 +63,32 @@ def write(directory: epath.Path, rows: Sequence[Row], baseline: Mapping[str, str
         ]
     )
     table = markdown(rows, baseline)
+    conflict = _conflict(rows)
     files = {
         "results.csv": _csv(rows, lambda row: _columns(row.scores)).encode(),
         "timings.csv": _csv(rows, lambda row: {"seconds": row.seconds}).encode(),
         "report.md": (table + "\n").encode(),
         "curves.png": curves,
-        "report.html": _page(rows, baseline, curves).encode(),
+        "report.html": _page(rows, baseline, curves, conflict).encode(),
     }
+    if conflict is not None:
+        files["conflict.png"] = conflict
     for name, content in files.items():
         unfinished = directory / f"{name}.tmp"
         unfinished.write_bytes(content)
         unfinished.replace(directory / name)
+
+
+def _conflict(rows: Sequence[Row]) -> bytes | None:
+    """The picture of conflict in the first run of every configuration that measured it."""
+    measured: dict[str, History] = {}
+    for row in rows:
+        if row.conflict is not None:
+            title = _title({axis: x for axis, x in row.labels.items() if axis != SEEDS})
+            measured.setdefault(title, row.conflict)
+    if not measured:
+        return None
+    return conflict_report.picture(dict(itertools.islice(measured.items(), _PICTURED)))
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
@@ -227,12 +247,17 @@ column in bold.{compared}</p>
 <div class="wide"><table><thead><tr>{headers}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-<img alt="Accuracy of every configuration against its cost" src="data:image/png;base64,{curves}">
+{pictures}
 </body></html>
 """
 
 
-def _page(rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes) -> str:
+_PICTURE = '<img alt="{}" src="data:image/png;base64,{}">'
+
+
+def _page(
+    rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes, conflict: bytes | None
+) -> str:
     headers, body = _table(rows, baseline)
     compared = ""
     if baseline:
@@ -241,6 +266,9 @@ def _page(rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes) -> st
             f" Differences are to {html.escape(named)}, seed by seed, with 95 % intervals: of the "
             "mean over exits, and of the last exit."
         )
+    pictures = {"Accuracy of every configuration against its cost": curves}
+    if conflict is not None:
+        pictures["Cosine between the gradients of the exits' losses"] = conflict
     lines = []
     for line in body:
         columns = (
@@ -252,5 +280,8 @@ def _page(rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes) -> st
         compared=compared,
         headers="".join(f"<th>{html.escape(name)}</th>" for name in headers),
         body="\n".join(lines),
-        curves=base64.b64encode(curves).decode(),
+        pictures="\n".join(
+            _PICTURE.format(html.escape(alt), base64.b64encode(png).decode())
+            for alt, png in pictures.items()
+        ),
     )

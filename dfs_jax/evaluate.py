@@ -2,7 +2,7 @@
 
     python -m dfs_jax.evaluate --workdir DIR [--step latest|best|N] [--out DIR]
         [--score max_softmax|margin|entropy|patience] [--published NAME]
-        [--budget COST | --accuracy A | --risk E --confidence D]
+        [--budget COST | --accuracy A | --risk E --confidence D] [--beside DIR …]
 
 Every example counts exactly once, on any number of devices and hosts: the last batch is padded
 and masked, and counts are integers added on the host. The command measures, on the test split,
@@ -11,12 +11,16 @@ and masked, and counts are integers added on the host. The command measures, on 
     budgeted      early exit by threshold at 40 budgets, fitted on the validation split
     calibration   whether confidences are probabilities, before and after a temperature
 
-and writes anytime.csv, budgeted.csv, calibration.csv, evaluation.json, plots of the three, and
-budgets.json: thresholds for any cost or accuracy (`early_exit.budget.family`). With a target it
-also writes the thresholds that meet it to thresholds.json: a mean cost per image (--budget 100e6
-multiply-adds), a validation accuracy in [0, 1], or an accuracy at most E below the full network's
-with probability D. Without a validation split there are no thresholds and no temperatures; with
-`--split validation` they are shown on the very images they were fitted to.
+shows what training has measured,
+
+    conflict      angles between the exits' gradients, beside those of other runs (--beside DIR …)
+
+and writes anytime.csv, budgeted.csv, calibration.csv, conflict.csv, evaluation.json, plots of the
+four, and budgets.json: thresholds for any cost or accuracy (`early_exit.budget.family`). With a
+target it also writes the thresholds that meet it to thresholds.json: a mean cost per image
+(--budget 100e6 multiply-adds), a validation accuracy in [0, 1], or an accuracy at most E below the
+full network's with probability D. Without a validation split there are no thresholds and no
+temperatures; with `--split validation` they are shown on the very images they were fitted to.
 """
 
 import argparse
@@ -153,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--score", default="max_softmax", choices=confidence.names(), help="what thresholds compare"
     )
     parser.add_argument("--published", metavar="NAME", help="published results to plot as well")
+    parser.add_argument(
+        "--beside", nargs="+", default=(), metavar="DIR", help="workdirs to compare conflict with"
+    )
     target = parser.add_argument_group("thresholds for a target")
     target.add_argument("--budget", type=float, metavar="COST", help="multiply-adds per image")
     target.add_argument("--accuracy", type=float, metavar="A", help="on validation, in [0, 1]")
@@ -162,13 +169,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate_workdir(arguments: argparse.Namespace) -> None:
-    from dfs_jax import evaluation_report, experiment, flops, published, report, sharding, train
+    from dfs_jax import (
+        conflict_report,
+        evaluation_report,
+        experiment,
+        flops,
+        published,
+        report,
+        sharding,
+        train,
+    )
 
     _check(arguments)
     overlay = None
     if arguments.published:
         with _refusals("--published"):
             overlay = published.results(arguments.published)
+    conflict = _conflict(arguments)
     run = experiment.prepare(command.saved_config(arguments.workdir))
     held_out = run.data.validation
     source = run.data.test if arguments.split == "test" else held_out
@@ -212,6 +229,8 @@ def _evaluate_workdir(arguments: argparse.Namespace) -> None:
     }
     if jax.process_index() == 0:
         written = evaluation_report.write(out, about, results, overlay)
+        if conflict:
+            written += conflict_report.write(out, conflict)
         print(f"\nwritten to {out}: {', '.join(written)}")
 
 
@@ -307,6 +326,28 @@ def _thresholds(arguments, validation: Answers, costs: Sequence[float]) -> Thres
         if target == "budget":
             return budget.within(family, arguments.budget)
         return budget.reaching(family, arguments.accuracy)
+
+
+def _conflict(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Histories by name of this run and those beside it; {} if this one measured none.
+
+    Raises ConfigError if one of the others did not.
+    """
+    from dfs_jax import conflict_report
+
+    command.saved_config(arguments.workdir)  # refuses what is no workdir
+    found = {}
+    for place in (arguments.workdir, *arguments.beside):
+        history = conflict_report.of_workdir(place)
+        if history is None and arguments.beside:
+            raise ConfigError(
+                f"--beside: {place} has no measurements of conflict in its metrics; train with "
+                "train.conflict_every above 0"
+            )
+        if history is not None:
+            name = place.rstrip("/").rpartition("/")[2]
+            found[place if name in found else name] = history
+    return found
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

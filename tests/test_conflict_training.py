@@ -48,7 +48,7 @@ def test_what_is_measured_and_when(measured):
     found = conflicts(measured)
     assert {step for step, _ in found} == {4, 8, 12}
     layers = {name for _, name in found} - SEGMENTS
-    assert layers == {"conflict/layer/convs_0", "conflict/layer/norms_0"}
+    assert layers == {f"conflict/segment1/layer/{module}_0" for module in ("convs", "norms")}
     assert all(-1 <= value <= 1 and value != 0 for value in found.values())
 
 

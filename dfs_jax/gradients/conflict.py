@@ -30,7 +30,8 @@ class Conflict(NamedTuple):
 
     segments: jax.Array  # (N, N, N): of the parameters of each segment, by (segment, exit, exit)
     overall: jax.Array  # (N, N): of all segments that both exits see
-    layers: dict[str, jax.Array]  # (N, N) each, by the path of a module with parameters
+    # For each segment (N, N) by the path of a module with parameters.
+    layers: tuple[dict[str, jax.Array], ...]
 
 
 def measure(problem: Problem, params: Any) -> Conflict:
@@ -41,13 +42,13 @@ def measure(problem: Problem, params: Any) -> Conflict:
     tensors = zip(*map(jax.tree.leaves, gradients), strict=True)
     count = problem.num_exits
     segments: list[Any] = [jnp.zeros((count, count))] * count
-    layers: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{} for _ in range(count)]
     for path, segment, tensor in zip(paths, segment_of, tensors, strict=True):
         if segment < 0:
             continue
         products = tensor_gram(tensor)
         layer = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-        layers[layer] = layers.get(layer, 0) + products
+        layers[segment][layer] = layers[segment].get(layer, 0) + products
         segments[segment] = segments[segment] + products
     products = jnp.stack(segments)
     # Exit j's gradient in segments that exit i does not reach has no say in their angle.
@@ -56,7 +57,7 @@ def measure(problem: Problem, params: Any) -> Conflict:
     return Conflict(
         cosines(products),
         shared[np.minimum(i, j), i, j],
-        {layer: cosines(p) for layer, p in layers.items()},
+        tuple({layer: cosines(p) for layer, p in parts.items()} for parts in layers),
     )
 
 
@@ -70,20 +71,21 @@ def cosines(products: jax.Array) -> jax.Array:
 def scalars(conflict: Conflict) -> dict[str, jax.Array]:
     """The metrics of a measurement, each (); NaN where there is nothing to tell.
 
-    conflict/segment2/exit2_exit3 in segment 2, conflict/exit2_exit3 over all segments that both
-    see, and conflict/layer/PATH, the mean over the pairs of exits. Numbers count from 1.
+    conflict/exit2_exit3 over all segments that both see, conflict/segment2/exit2_exit3 in segment
+    2, and of a layer there conflict/segment2/layer/PATH, the mean over the pairs of exits. Numbers
+    count from 1.
     """
     count = len(conflict.overall)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     found = {_name(i, j): conflict.overall[i, j] for i, j in pairs}
-    for s in range(count):
-        found |= {_name(i, j, s): conflict.segments[s, i, j] for i, j in pairs if i >= s}
     upper = np.triu_indices(count, 1)
-    for layer, matrix in conflict.layers.items():
-        found[f"conflict/layer/{layer}"] = jnp.nanmean(matrix[upper])
+    for s in range(count):
+        where = f"segment{s + 1}/"
+        found |= {_name(i, j, where): conflict.segments[s, i, j] for i, j in pairs if i >= s}
+        for layer, matrix in conflict.layers[s].items():
+            found[f"conflict/{where}layer/{layer}"] = jnp.nanmean(matrix[upper])
     return found
 
 
-def _name(i: int, j: int, segment: int | None = None) -> str:
-    where = "" if segment is None else f"segment{segment + 1}/"
+def _name(i: int, j: int, where: str = "") -> str:
     return f"conflict/{where}exit{i + 1}_exit{j + 1}"
