@@ -160,11 +160,11 @@ def _cost_row(cost: StepCost) -> dict[str, str]:
         **{f"{name} (ms)": f"{1e3 * value:.1f}" for name, value in seconds.items()},
         "images/s": f"{cost.images_per_second:.1f}",
         **{
-            f"{phase.replace('_', '+')} (GFLOP)": f"{cost.costs[phase].flops / 1e9:.2f}"
+            f"{phase.replace('_', '+')} (GFLOP)": f"{cost.costs[phase].flops / 1e9:.4g}"
             for phase in PHASES
         },
-        "accessed (GB)": f"{step.bytes_accessed / 1e9:.2f}",
-        "peak memory (MB)": f"{step.peak_bytes / 1e6:.0f}",
+        "accessed (GB)": f"{step.bytes_accessed / 1e9:.3g}",
+        "peak memory (MB)": f"{step.peak_bytes / 1e6:.3g}",
         "trace (s)": f"{step.trace_seconds:.1f}",
         "compile (s)": f"{step.compile_seconds:.1f}",
     }

@@ -14,6 +14,7 @@ whatever else the machine does meets both alike. Files and tables are made in
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from dfs_jax.input_gradients import InputGradients
 
 PHASES = ("forward", "forward_backward", "step")
 BASELINE = "joint"
+
+log = logging.getLogger(__name__)
 
 _WARMUP = 2  # calls that are not counted
 # Nothing here depends on the length of an epoch, but schedules are made for one.
@@ -191,8 +194,10 @@ def random_run(config: ml_collections.ConfigDict, num_classes: int | None = None
 class Program:
     """A compiled function (carry, …) -> (carry, result), called with what the last call left.
 
-    Called, it runs `calls` times, waits for the last result and returns `calls`.
+    Called, it runs `calls` times, waits for the last `result` and returns `calls`.
     """
+
+    result: Any
 
     def __init__(self, compiled: Callable, cost: Cost, carry: Any, arguments: Any, calls: int):
         self.cost = cost
@@ -201,8 +206,8 @@ class Program:
 
     def __call__(self) -> int:
         for _ in range(self._calls):
-            self._carry, result = self._compiled(self._carry, *self._arguments)
-        jax.block_until_ready((self._carry, result))
+            self._carry, self.result = self._compiled(self._carry, *self._arguments)
+        jax.block_until_ready((self._carry, self.result))
         return self._calls
 
 
@@ -344,6 +349,13 @@ def measure(
     compiled = {method: programs(run, calls) for method, run in runs.items()}
     groups = {phase: {m: own[phase] for m, own in compiled.items()} for phase in PHASES}
     times = time_pairs(groups, BASELINE, pairs, clock)
+    for method, own in compiled.items():
+        if not own["step"].result["finite"]:
+            log.warning(
+                "%s diverged on the random images; a method that solves a problem in every step "
+                "may take another time for it. A smaller optimizer.learning_rate cures that",
+                method,
+            )
     return [
         StepCost(
             method=method,
@@ -352,7 +364,7 @@ def measure(
             costs={phase: program.cost for phase, program in compiled[method].items()},
             times={phase: times[phase][method] for phase in PHASES},
             least_flops=_least(run, runs[BASELINE]),
-            input_gradients=_input_gradients(run, pairs, clock),
+            input_gradients=_input_gradients(run, pairs, calls, clock),
         )
         for method, run in runs.items()
     ]
@@ -372,9 +384,9 @@ def _least(run: Run, baseline: Run) -> float | None:
     return least / whole
 
 
-def _input_gradients(run: Run, samples: int, clock: Clock) -> InputGradients | None:
+def _input_gradients(run: Run, samples: int, calls: int, clock: Clock) -> InputGradients | None:
     if run.config.gradients.name != "joint" or not run.network.surgery.partition:
         return None
     per_device = run.config.train.batch_size // run.mesh.size
     shape = (per_device, *run.data.spec.image_shape)
-    return input_gradients.measure(run.network, shape, samples, clock)
+    return input_gradients.measure(run.network, shape, samples, calls, clock)

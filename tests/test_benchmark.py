@@ -236,6 +236,13 @@ def test_phases_of_a_step_take_turns_too():
     assert {phase: set(of) for phase, of in times.items()} == {"f": {"a", "b"}, "s": {"a", "b"}}
 
 
+def test_divergence_is_told(caplog):
+    flags = ["train.batch_size=4", "optimizer.learning_rate=1e30", "surgery.partition=False"]
+    run = step_cost.random_run(tiny_run.config(*flags))
+    assert step_cost.measure({"joint": run}, 2)[0].bound is None
+    assert "joint diverged on the random images" in caplog.text
+
+
 def test_a_baseline_alone_is_timed_as_often():
     done = []
     calls = {"": {"a": lambda: done.append("a") or 1}}
