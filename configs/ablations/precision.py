@@ -1,6 +1,6 @@
 """bfloat16 beside float32 on the digits, five paired seeds.
 
-    python -m dfs_jax.ablate --config configs/ablations/precision.py --workdir runs/precision
+python -m dfs_jax.ablate --config configs/ablations/precision.py --workdir runs/precision
 """
 
 from dfs_jax.ablate import Grid

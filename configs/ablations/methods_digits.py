@@ -1,0 +1,18 @@
+"""Every method on the handwritten digits: do they all train? One seed each.
+
+    python -m dfs_jax.ablate --config configs/ablations/methods_digits.py --workdir runs/methods_digits
+
+The digits are too easy to tell methods apart; `methods.py` is for that.
+"""
+
+from dfs_jax import presets
+from dfs_jax.ablate import Grid
+
+
+def get_grid() -> Grid:
+    """One axis: the method words of `dfs_jax/presets.py`."""
+    return Grid(
+        base="../digits.py",
+        axes={"method": {word: [f"preset={word}"] for word in presets.METHODS}, "seeds": range(1)},
+        baseline={"method": "joint"},
+    )
