@@ -1,6 +1,6 @@
 """Every method on the handwritten digits: do they all train? One seed each.
 
-    python -m dfs_jax.ablate --config configs/ablations/methods_digits.py --workdir runs/methods_digits
+    python -m dfs_jax.ablate --config configs/ablations/methods_digits.py --workdir runs/all_digits
 
 The digits are too easy to tell methods apart; `methods.py` is for that.
 """
