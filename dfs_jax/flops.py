@@ -53,7 +53,8 @@ class PerExit:
     """Integers per exit, shallow to deep, counted in four ways."""
 
     cumulative: tuple[int, ...]  # as published: backbone and all heads up to the exit's own
-    path: tuple[int, ...]  # backbone up to the exit, and of the heads only its own
+    path: tuple[int, ...]  # backbone up to the exit, and of the heads those that it needs: its own,
+    # with collaboration all before it as well
     segments: tuple[int, ...]  # the part of the backbone between the exit before and this one
     heads: tuple[int, ...]  # the exit's own head alone
 
@@ -89,19 +90,23 @@ def exit_costs(
         return sum(size for k, size in enumerate(sizes) if cost.reads & _parameter(k))
 
     segments, heads = [], []
+    told: tuple[Any, ...] = ()  # logits of the exit before, where exits see them
     for i in itertools.count():
         advance = functools.partial(_advance, network, i)
         cost, (carry, exit_input) = _trace(advance, variables, carry)
         segments.append(cost)
         # Without what only the feature needs: the adapters.
-        cost, _ = _trace(functools.partial(_logits, network, i), variables, exit_input, prune=True)
+        head = functools.partial(_logits, network, i)
+        cost, logits = _trace(head, variables, (exit_input, *told), prune=True)
         heads.append(cost)
+        if getattr(network, "collaboration", False):
+            told = (logits,)
         if carry is None:
             break
     return ExitCosts(
-        **_per_exit(segments, heads, flops),
+        **_per_exit(segments, heads, flops, all_heads=bool(told)),
         convention=convention,
-        parameters=PerExit(**_per_exit(segments, heads, parameters)),
+        parameters=PerExit(**_per_exit(segments, heads, parameters, all_heads=bool(told))),
     )
 
 
@@ -159,9 +164,11 @@ def _advance(network: Any, i: int, params: Any, others: Any, carry: Any) -> Any:
     return network.apply({"params": params, **others}, carry, i, train=False, method="advance")
 
 
-def _logits(network: Any, i: int, params: Any, others: Any, exit_input: Any) -> jax.Array:
-    variables = {"params": params, **others}
-    return network.apply(variables, exit_input, i, train=False, method="classify")[0]
+def _logits(network: Any, i: int, params: Any, others: Any, seen: tuple[Any, ...]) -> jax.Array:
+    """Of exit i, from its input and, with collaboration, the logits of the exit before it."""
+    exit_input, *told = seen
+    variables, previous = {"params": params, **others}, {"previous": told[0]} if told else {}
+    return network.apply(variables, exit_input, i, train=False, method="classify", **previous)[0]
 
 
 def _all_logits(network: Any, params: Any, others: Any, images: Any) -> tuple[jax.Array, ...]:
@@ -302,14 +309,19 @@ def _gaining_an_axis(inner: Sequence[Any], outer: Sequence[Any]) -> int:
 
 
 def _per_exit(
-    segments: list[_Cost], heads: list[_Cost], measure: Callable[[_Cost], int]
+    segments: list[_Cost], heads: list[_Cost], measure: Callable[[_Cost], int], *, all_heads: bool
 ) -> dict[str, tuple[int, ...]]:
-    """The fields of a `PerExit`: sums of costs, in which a parameter stays one."""
+    """The fields of a `PerExit`: sums of costs, in which a parameter stays one.
+
+    `all_heads`: whether an exit needs those of the exits before it.
+    """
     backbone = list(itertools.accumulate(segments, _Cost.plus))
-    all_heads = list(itertools.accumulate(heads, _Cost.plus))
+    heads_so_far = list(itertools.accumulate(heads, _Cost.plus))
+    cumulative = tuple(measure(a.plus(b)) for a, b in zip(backbone, heads_so_far, strict=True))
+    path = tuple(measure(a.plus(b)) for a, b in zip(backbone, heads, strict=True))
     return {
-        "cumulative": tuple(measure(a.plus(b)) for a, b in zip(backbone, all_heads, strict=True)),
-        "path": tuple(measure(a.plus(b)) for a, b in zip(backbone, heads, strict=True)),
+        "cumulative": cumulative,
+        "path": cumulative if all_heads else path,
         "segments": tuple(map(measure, segments)),
         "heads": tuple(map(measure, heads)),
     }

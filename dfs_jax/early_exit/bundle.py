@@ -153,7 +153,12 @@ def _stages(
         return Program(call, tuple(weights[name] for name in names), names)
 
     return tuple(
-        Stage(program(stage["segment"]), program(stage["head"]), stage["carried"])
+        Stage(
+            program(stage["segment"]),
+            program(stage["head"]),
+            stage["carried"],
+            stage.get("tells", False),
+        )
         for stage in manifest["stages"]
     )
 

@@ -54,9 +54,12 @@ def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequen
     for i, stage in enumerate(stages, 1):
         segment, results = _programs(f"segment{i}", stage.segment, avals, members)
         exit_inputs = {size: r[stage.carried :] for size, r in results.items()}
-        head, _ = _programs(f"exit{i}", stage.head, exit_inputs, members)
-        entries.append({"carried": stage.carried, "segment": segment, "head": head})
+        head, logits = _programs(f"exit{i}", stage.head, exit_inputs, members)
+        entry = {"carried": stage.carried, "tells": stage.tells, "segment": segment, "head": head}
+        entries.append(entry)
         avals = {size: r[: stage.carried] for size, r in results.items()}
+        if stage.tells:
+            avals = {size: (*carried, *logits[size]) for size, carried in avals.items()}
     weights = {
         name: np.asarray(weight)
         for stage in stages

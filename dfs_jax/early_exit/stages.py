@@ -36,18 +36,20 @@ class Stage:
 
     `segment` takes what the stage before carried on (the images for the first one) and returns
     `carried` arrays for the stage after it, then those for the exit; `head` takes the latter and
-    returns the logits (B, K) alone. The last stage carries nothing.
+    returns the logits (B, K) alone. With `tells` the logits are carried on too, as the last array,
+    for the exit of the stage after it to see. The last stage carries nothing.
     """
 
     segment: Program
     head: Program
     carried: int
+    tells: bool = False
 
     def run(self, weights: tuple[Arrays, Arrays], carry: Arrays) -> tuple[Arrays, jax.Array]:
         """(carry for the next stage, logits (B, K)); to be traced with `self.weights`."""
         results = self.segment.call(weights[0], carry)
         (logits,) = self.head.call(weights[1], results[self.carried :])
-        return results[: self.carried], logits
+        return (*results[: self.carried], *((logits,) if self.tells else ())), logits
 
     @property
     def weights(self) -> tuple[Arrays, Arrays]:
@@ -63,37 +65,44 @@ def from_network(
     Every program holds only the weights that it reads, so that calling it costs no more
     dispatch than it must. Raises ValueError for images that the network refuses.
     """
+    collaboration = getattr(network, "collaboration", False)
     stages: list[Stage] = []
     carry: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    told: Arrays = ()  # logits of the exit before, where exits see them
     while carry is not None:
         i = len(stages)
-        advance = functools.partial(_advance, network, i)
-        onwards, exit_input = jax.eval_shape(advance, variables, carry)
+        segment = functools.partial(_segment, network, i)
+        head = functools.partial(_head, network, i)
+        given = (carry, told)
+        onwards, seen = jax.eval_shape(segment, variables, given)
+        tells = collaboration and onwards is not None
         stages.append(
             Stage(
-                _pruned(functools.partial(_segment, network, i), variables, carry),
-                _pruned(functools.partial(_head, network, i), variables, exit_input),
+                _pruned(segment, variables, given),
+                _pruned(head, variables, seen),
                 len(jax.tree.leaves(onwards)),
+                tells,
             )
         )
-        carry = onwards
+        carry, told = onwards, jax.eval_shape(head, variables, seen) if tells else ()
     return tuple(stages)
 
 
-def _advance(network: Any, i: int, variables: Any, carry: Any) -> tuple[Any, Any]:
-    return network.apply(variables, carry, i, train=False, method="advance")
+def _segment(network: Any, i: int, variables: Any, given: tuple[Any, Arrays]) -> Any:
+    """(carry for the next segment, what exit i sees), from the carry and what was told."""
+    carry, told = given
+    onwards, exit_input = network.apply(variables, carry, i, train=False, method="advance")
+    return onwards, (exit_input, told)
 
 
-def _segment(network: Any, i: int, variables: Any, carry: Any) -> Arrays:
-    return tuple(jax.tree.leaves(_advance(network, i, variables, carry)))
+def _head(network: Any, i: int, variables: Any, seen: tuple[Any, Arrays]) -> Arrays:
+    exit_input, told = seen
+    previous = {"previous": told[0]} if told else {}
+    return (network.apply(variables, exit_input, i, train=False, method="classify", **previous)[0],)
 
 
-def _head(network: Any, i: int, variables: Any, exit_input: Any) -> Arrays:
-    return (network.apply(variables, exit_input, i, train=False, method="classify")[0],)
-
-
-def _pruned(function: Callable[[Any, Any], Arrays], variables: Any, argument: Any) -> Program:
-    """`function(variables, argument)` as a program of the weights that its results depend on."""
+def _pruned(function: Callable[[Any, Any], Any], variables: Any, argument: Any) -> Program:
+    """The leaves of `function(variables, argument)`: a program of the weights they depend on."""
     paths, weights_tree = jax.tree.flatten_with_path(variables)
     argument_tree = jax.tree.structure(argument)
     jaxpr = jax.make_jaxpr(function)(variables, argument).jaxpr
@@ -106,7 +115,9 @@ def _pruned(function: Callable[[Any, Any], Arrays], variables: Any, argument: An
         given = iter(weights)
         leaves = [next(given) if u else a for u, a in zip(used, absent, strict=True)]
         variables = jax.tree.unflatten(weights_tree, leaves)
-        return function(variables, jax.tree.unflatten(argument_tree, arguments))
+        return tuple(
+            jax.tree.leaves(function(variables, jax.tree.unflatten(argument_tree, arguments)))
+        )
 
     chosen = [pair for pair, u in zip(paths, used, strict=True) if u]
     return Program(

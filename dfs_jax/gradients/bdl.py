@@ -135,16 +135,18 @@ def _forward(problem, params):
     """All segments and exits, run once, and the running statistics after that."""
     segments, exits, carry, statistics = [], [], problem.batch["image"], problem.batch_stats
 
-    def run(piece, i, given):
-        result, pull, updated = jax.vjp(
-            lambda params, given: piece(params, given, i, statistics), params, given, has_aux=True
-        )
+    def run(piece, i, given, *constants):
+        def forward(params, given):
+            return piece(params, given, i, statistics, *constants)
+
+        result, pull, updated = jax.vjp(forward, params, given, has_aux=True)
         return _Piece(result, pull), updated
 
     for i in range(problem.num_exits):
         segment, statistics = run(problem.advance, i, carry)
         carry, exit_input = segment.result
-        exit_, statistics = run(problem.classify, i, exit_input)
+        previous = exits[-1].result[0] if exits else None
+        exit_, statistics = run(problem.classify, i, exit_input, previous)
         segments.append(segment)
         exits.append(exit_)
     return segments, exits, statistics

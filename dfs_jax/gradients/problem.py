@@ -107,9 +107,19 @@ class Problem:
         """
         return self._run(params, batch_stats, carry, i, method="advance")
 
-    def classify(self, params: Params, exit_input: Any, i: int, batch_stats: Any):
-        """Exit i (static, from 0): ((logits (B, K), feature), batch_stats)."""
-        return self._run(params, batch_stats, exit_input, i, method="classify")
+    def classify(
+        self,
+        params: Params,
+        exit_input: Any,
+        i: int,
+        batch_stats: Any,
+        previous: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        """Exit i (static, from 0): ((logits (B, K), feature), batch_stats).
+
+        `previous` are the logits of the exit before it; no gradient flows into them.
+        """
+        return self._run(params, batch_stats, exit_input, i, method="classify", previous=previous)
 
     def losses_of(self, logits: Sequence[jax.Array], features: Sequence[jax.Array]) -> jax.Array:
         """Losses (N,) of all exits' logits and features, those of the whole batch.

@@ -55,7 +55,7 @@ class MSDNet(MultiExit):
         )
         scales, depth = len(self.factors), sum(self.steps)
         layers_per_scale = math.ceil(depth / scales)
-        width, layers, transitions, exits = self.initial, {}, {}, []
+        width, layers, transitions, exits, exit_widths = self.initial, {}, {}, [], []
         layer = 0
         for i, steps in enumerate(self.steps):
             for j in range(steps):
@@ -75,17 +75,19 @@ class MSDNet(MultiExit):
                     width = math.floor(self.reduction * width)
                     widths = [width * factor for factor in self.factors[scales - kept :]]
                     transitions[f"{i}_{j}"] = Transition(widths, dtype=self.dtype)
+            exit_widths.append(self.exit_width or width * self.factors[-1])
             exits.append(
                 Exit(
                     self.num_classes,
-                    width=self.exit_width or width * self.factors[-1],
+                    width=exit_widths[-1],
                     depth=self.exit_depth,
                     dropout_rate=self.dropout_rate,
                     dtype=self.dtype,
                 )
             )
         self.layers, self.transitions, self.exits = layers, transitions, exits
-        self.adapter_layers = self.dense_adapters(self.exit_width or width * self.factors[-1])
+        self.adapter_layers = self.dense_adapters(exit_widths[-1])
+        self.collaborators = self.collaborations(exit_widths)
 
     @property
     def num_exits(self) -> int:

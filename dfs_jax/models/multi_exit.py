@@ -9,14 +9,14 @@
 `segment` and `head` (and, where it needs to, `exit_input` and `adapter`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.models.layers import Dense, Feature, full_precision
+from dfs_jax.models.layers import BatchNorm, Dense, Feature, full_precision, relu, torch_default
 from dfs_jax.surgery import Partitioned, Surgery
 
 # boundary(i, feature) -> (towards the next segment, towards exit i), just before surgery:
@@ -40,6 +40,8 @@ class MultiExit(nn.Module, kw_only=True):
       dtype: type of the computation; parameters, statistics and logits are at least float32.
       dropout_rate: before each exit's last dense layer, in networks that have it.
       adapters: add the linear layers that only feature distillation uses.
+      collaboration: every exit but the first sees what the exit before it has answered; see
+        `Collaboration`.
       rematerialise: recompute each segment in the backward pass instead of keeping what it made.
     """
 
@@ -48,6 +50,7 @@ class MultiExit(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
     adapters: bool = False
+    collaboration: bool = False
     rematerialise: bool = False
 
     # What a network defines.
@@ -88,6 +91,16 @@ class MultiExit(nn.Module, kw_only=True):
         count = self.num_exits - 1 if self.adapters else 0
         return [Dense(width, dtype=self.dtype) for _ in range(count)]
 
+    def collaborations(self, widths: Sequence[int]) -> list["Collaboration"]:
+        """For `setup`: one for every exit but the first, if they are wanted.
+
+        `widths` are the channels that each exit's last dense layer reads, shallow to deep.
+        """
+        return [
+            Collaboration(width, self.num_classes, dtype=self.dtype)
+            for width in widths[1 : None if self.collaboration else 1]
+        ]
+
     # What everything else calls.
 
     def __call__(
@@ -110,7 +123,8 @@ class MultiExit(nn.Module, kw_only=True):
         carry, logits, features = images, [], []
         for i in range(count):
             carry, exit_input = self.advance(carry, i, train=train, boundary=boundary)
-            answer, feature = self.classify(exit_input, i, train=train)
+            previous = logits[-1] if logits else None
+            answer, feature = self.classify(exit_input, i, train=train, previous=previous)
             logits.append(answer)
             features.append(feature)
         return ExitOutputs(tuple(logits), tuple(features))
@@ -137,10 +151,26 @@ class MultiExit(nn.Module, kw_only=True):
         return (*others, self.surgery.to_next(onwards)), exit_input
 
     def classify(
-        self, exit_input: Any, i: int, *, train: bool = False
+        self,
+        exit_input: Any,
+        i: int,
+        *,
+        train: bool = False,
+        previous: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits (B, num_classes) and distillation feature of exit i (static, from 0)."""
+        """Logits (B, num_classes) and distillation feature of exit i (static, from 0).
+
+        With collaboration every exit but the first needs `previous`, the logits of the exit
+        before it, and raises ValueError without; otherwise they are not looked at.
+        """
         logits, feature = self.head(i, exit_input, train=train)
+        if self.collaboration and i:
+            if previous is None:
+                raise ValueError(
+                    f"with collaboration, classify needs previous=, the logits of exit {i}, to "
+                    f"answer for exit {i + 1}"
+                )
+            logits = logits + self.collaborators[i - 1](previous, train=train)
         if self.adapters and i < self.num_exits - 1:
             feature = self.adapter(i, exit_input, feature)
         wide = full_precision(self.dtype)
@@ -153,6 +183,32 @@ class MultiExit(nn.Module, kw_only=True):
                 f"{type(self).__name__} takes images (batch, height, width, channels) of at "
                 f"least {smallest}x{smallest} pixels, got shape {tuple(images.shape)}"
             )
+
+
+class Collaboration(nn.Module):
+    """What an exit makes of the previous exit's logits (B, K): a term (B, K) of its own.
+
+    Inline subnetwork collaboration (IMTA, ICCV 2019, arXiv 1908.06294): dense layer, batch norm
+    and ReLU to as many channels as the exit's own last dense layer reads, then a dense layer
+    without bias. That the two last dense layers are added is what one dense layer on both inputs
+    side by side computes, and leaves the exit its own parameters, so that weights trained without
+    collaboration fit. No gradient flows into the previous exit: every loss trains what it does
+    without collaboration, and surgery and block-dependent losses keep their meaning. (In the
+    official code it reaches the previous exit's last layer, all before being frozen.)
+    """
+
+    width: int
+    num_classes: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, previous: jax.Array, *, train: bool) -> jax.Array:
+        x = Dense(self.width, dtype=self.dtype, name="hidden")(jax.lax.stop_gradient(previous))
+        x = relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train))
+        init = torch_default(2 * self.width)  # of the one dense layer
+        return Dense(
+            self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init, name="dense"
+        )(x)
 
 
 def plain(x: Feature) -> jax.Array:

@@ -83,7 +83,12 @@ def options(name: str) -> dict[str, Any]:
 
     `dropout_rate` None stands for the published rate. Raises ValueError for an unknown name.
     """
-    return {"dropout_rate": None, "adapters": False, **_find(name).options}
+    return {
+        "dropout_rate": None,
+        "adapters": False,
+        "collaboration": False,
+        **_find(name).options,
+    }
 
 
 def create_model(
@@ -94,12 +99,14 @@ def create_model(
     dtype: Any = jnp.float32,
     dropout_rate: float | None = None,
     adapters: bool = False,
+    collaboration: bool = False,
     **options: Any,
 ) -> MultiExit:
     """The network `name` as a linen module with the contract of `multi_exit.py`.
 
     `dropout_rate=None` is the published rate; `adapters` adds the layers that only feature
-    distillation uses; `options` are the network's own, see `options(name)`. Raises ValueError
+    distillation uses; `collaboration` shows every exit but the first what the one before it has
+    answered; `options` are the network's own, see `options(name)`. Raises ValueError
     for an unknown name or option, naming the known ones, and for values out of range.
     """
     network = _find(name)
@@ -118,6 +125,7 @@ def create_model(
         dtype=dtype,
         dropout_rate=network.dropout_rate if dropout_rate is None else dropout_rate,
         adapters=adapters,
+        collaboration=collaboration,
         **network.fixed,
         **{**network.options, **options},
     )

@@ -67,6 +67,7 @@ class ResNet(MultiExit):
             for i in range(self.num_exits)
         ]
         self.adapter_layers = self.dense_adapters(widths[-1])
+        self.collaborators = self.collaborations(widths[-1:] * len(widths))
 
     @property
     def num_exits(self) -> int:

@@ -50,6 +50,7 @@ class VGG(MultiExit):
         # One each: a shared one would draw by the number of exits that ran before.
         self.dropouts = [nn.Dropout(self.dropout_rate) for _ in widths]
         self.norms = [BatchNorm(dtype=self.dtype) for _ in widths]
+        self.collaborators = self.collaborations(widths)
         if self.adapters:
             self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
 

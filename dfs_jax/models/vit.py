@@ -54,6 +54,7 @@ class ViT(MultiExit):
             for _ in range(self.num_exits)
         ]
         self.adapter_layers = self.dense_adapters(self.width)
+        self.collaborators = self.collaborations([self.width] * self.num_exits)
 
     @property
     def num_exits(self) -> int:
