@@ -1,0 +1,85 @@
+"""Every method of the presets learns the digits, and goes on after an interruption."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import few_digits  # noqa: F401
+
+from dfs_jax import config as configuration
+from dfs_jax import experiment, presets, report, sharding, train
+
+pytestmark = pytest.mark.slow
+
+# Four exits, so that the losses of BDL do not reach everything.
+NETWORK = ("model.name=vgg7_cifar100", "model.options.widths=((12,12),(16,16))")
+STATEFUL = {
+    "meta_gf": ("gradients.options.phase_steps=4",),  # cycles of 12 steps
+    "nash_mtl": (),
+    "wpn": ("gradients.options.hidden=10",),
+}
+
+
+def config(preset, *own, network=tiny_run.NETWORK):
+    spec = f"{tiny_run.DIGITS}:{preset}"
+    return configuration.load(spec, tiny_run.overrides(*own, network=network))
+
+
+@pytest.mark.parametrize("preset", presets.METHODS)
+def test_the_deepest_exit_learns(preset):
+    own = ["gradients.options.phase_steps=5"] if preset == "meta_gf" else []
+    c = config(preset, "train.steps=150", *own, network=NETWORK)
+    run = experiment.prepare(c)
+    state, step = train.initial_state(run), train.make_train_step(run)
+    batches = run.data.train.batches(0, sharding.batch(run.mesh))
+    losses = []
+    for _ in range(c.train.steps):
+        state, measured = step(state, next(batches))
+        losses.append(jax.device_get(measured["losses"]))
+    losses = np.array(losses)
+    assert losses.shape == (150, 4)
+    assert np.isfinite(losses).all()
+    # Means over whole cycles of Meta-GF.
+    first, last = losses[:25].mean(0), losses[-25:].mean(0)
+    assert last[-1] < 0.6 * first[-1], (first, last)
+
+
+@pytest.mark.parametrize("step", [7, 11])
+@pytest.mark.parametrize("preset", STATEFUL)
+def test_a_method_with_a_state_goes_on_to_the_same_bits(preset, step, tmp_path, monkeypatch):
+    """Meta-GF is left amid the second exit's phase, and amid the fusion."""
+    c = config(preset, "train.checkpoint_every=2", *STATEFUL[preset])
+    ends = []
+    for name, stopped_at in (("straight", None), ("resumed", step)):
+        workdir = str(tmp_path / name)
+        if stopped_at is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(report.Reporter, "step_done", _ending(stopped_at))
+                with pytest.raises(KeyboardInterrupt):
+                    train.train_and_evaluate(c, workdir)
+            run = experiment.prepare(c)
+            reached, state = train.restore(run, workdir)
+            assert reached == stopped_at - 1
+            # Losing the state would be noticed.
+            fresh = train.initial_state(run).method_state
+            assert not _same_bits(state.method_state, fresh)
+        train.train_and_evaluate(c, workdir)
+        ends.append(jax.device_get(train.restore(experiment.prepare(c), workdir)[1]))
+    assert _same_bits(*ends)
+
+
+def _same_bits(one, other):
+    pairs = zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (one, other)), strict=True)
+    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def _ending(step):
+    """A `Reporter.step_done` that ends the run in step `step`."""
+    original = report.Reporter.step_done
+
+    def step_done(self, at, *arguments):
+        if at == step:
+            raise KeyboardInterrupt
+        return original(self, at, *arguments)
+
+    return step_done
