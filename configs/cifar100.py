@@ -16,6 +16,8 @@ method, in any order:
     joint              deep supervision: the summed cross-entropy of all exits, nothing else
     byot               joint training with distillation from the last exit (arXiv 1905.08094)
     ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    imta               frozen backbone of a run with ge, which train.init_from names; exits see
+                       the previous exit's answer (arXiv 1908.06294)
 
 5,000 training images are held out to choose thresholds and the best checkpoint. What differs from
 the official code, and how to have it as there:
@@ -26,7 +28,7 @@ the official code, and how to have it as there:
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS
+from dfs_jax.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):
@@ -108,4 +110,5 @@ _METHODS = {
         for word, method in METHODS.items()
         if not word.startswith("dfs")
     },
+    **SECOND_STAGES,
 }

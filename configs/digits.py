@@ -10,10 +10,12 @@ method, in any order:
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
     joint              the summed loss of all exits
     ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    imta               frozen backbone of a run with ge, which train.init_from names; exits see
+                       the previous exit's answer (arXiv 1908.06294)
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS
+from dfs_jax.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):
@@ -36,7 +38,8 @@ def get_config(preset: str | None = None):
     c.train.checkpoint_every = 100
     c.train.log_every = 50
     c.train.conflict_every = 0  # compiling the measurement takes as long as half of this run
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
+    methods = {**METHODS, **SECOND_STAGES}
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=methods)
 
 
 def _msdnet(c):

@@ -17,10 +17,12 @@ Presets, as a comma list of at most one network and one method, in any order:
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
     joint              the summed loss of all exits
     ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    imta               frozen backbone of a run with ge, which train.init_from names; exits see
+                       the previous exit's answer (arXiv 1908.06294)
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS
+from dfs_jax.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):
@@ -41,7 +43,8 @@ def get_config(preset: str | None = None):
     c.train.eval_every = 250
     c.train.checkpoint_every = 250
     c.train.log_every = 50
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
+    methods = {**METHODS, **SECOND_STAGES}
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=methods)
 
 
 def _vgg7(c):

@@ -14,10 +14,12 @@ of at most one network and one method, in any order:
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     joint              the summed loss of all exits
     ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    imta               frozen backbone of a run with ge, which train.init_from names; exits see
+                       the previous exit's answer (arXiv 1908.06294)
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS
+from dfs_jax.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):
@@ -40,7 +42,8 @@ def get_config(preset: str | None = None):
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_epochs = 2.0
     c.optimizer.weight_decay = 5e-4
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
+    methods = {**METHODS, **SECOND_STAGES}
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=methods)
 
 
 def _resnet18(c):

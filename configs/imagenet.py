@@ -16,13 +16,15 @@ Arguments, as a comma list of at most one network and one method, in any order:
                        numbers of MSDNet and ViT come from
     joint              the summed loss of all exits
     ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    imta               frozen backbone of a run with ge, which train.init_from names; exits see
+                       the previous exit's answer (arXiv 1908.06294)
 
 Of the training images 50,000 are held out, to choose checkpoints and exit thresholds; the
 official validation set is the test set. Recipes: arXiv 2407.13986 and its official scripts.
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS
+from dfs_jax.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):
@@ -44,7 +46,8 @@ def get_config(preset: str | None = None):
     c.optimizer.schedule = "multistep"
     c.optimizer.milestones = (70, 80, 85)
     c.optimizer.weight_decay = 0.0
-    return base.apply_preset(c, preset, networks=_NETWORKS, methods=METHODS)
+    methods = {**METHODS, **SECOND_STAGES}
+    return base.apply_preset(c, preset, networks=_NETWORKS, methods=methods)
 
 
 def _msdnet(c):

@@ -65,6 +65,10 @@ def prepare(
     pipeline.check_batch(config, mesh.size)
     _check_accumulation(config, mesh.size)
     workdirs.check_source(config)
+    if config.train.freeze and not config.train.init_from:
+        log.warning(
+            "train.freeze keeps fresh weights; train.init_from names the run that has better ones"
+        )
     if workdir is not None:
         workdirs.check(config, workdir)
 

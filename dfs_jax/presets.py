@@ -2,7 +2,7 @@
 
 Each stands for a row of the published tables (arXiv 2407.13986), on
 whatever recipe the configuration file has. A file takes `METHODS` as it is, or adds to a word what
-its own networks need.
+its own networks need. `SECOND_STAGES` are words for runs that start from another run's weights.
 """
 
 from collections.abc import Callable
@@ -50,3 +50,32 @@ METHODS: dict[str, Preset] = {
     "bdl2": method("bdl", variant="overlap", final_loss=True),
     "wpn": method("l2w_den"),
 }
+
+
+# Everything but the last dense layer of each exit and what collaboration adds, in any network.
+_BACKBONE = r"^(?!collaborators_|heads_|exits_\d+/(dense|fc|head)/)"
+
+
+def imta(c: ml_collections.ConfigDict) -> None:
+    """The second stage of IMTA (ICCV 2019, arXiv 1908.06294), on the weights of a run with `ge`.
+
+        --config FILE:ge                                       --workdir FIRST
+        --config FILE:imta --config.train.init_from=FIRST      --workdir SECOND
+
+    The backbone is frozen; exits see the previous exit's answer and learn from the last one's
+    (one-for-all distillation, T = 1 and a share of 0.1 as for ImageNet). The official code starts
+    the last layers afresh, and its teacher is the first stage's last exit, of which the last one
+    learns too; here they go on from the first stage, and the teacher is today's last exit.
+    """
+    method("joint")(c)
+    c.model.options.collaboration = True
+    c.model.options.adapters = False
+    c.objective.logit_weight = 0.1
+    c.objective.temperature = 1.0
+    c.objective.scale_by_temperature = True
+    c.objective.feature_weight = 0.0
+    c.train.freeze = (_BACKBONE,)
+    c.train.conflict_every = 0  # nothing that two exits share is trained
+
+
+SECOND_STAGES: dict[str, Preset] = {"imta": imta}
