@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import small_step
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfs_jax import gradients
 from dfs_jax.gradients.l2w_den import assigned, initial_mlp
@@ -132,21 +130,10 @@ def test_steps_equal_the_formulas():
         assert losses.shape == (EXITS,)
 
 
-def test_the_measured_losses_are_not_weighted():
-    net = tiny.network(dtype=jnp.float64)
-    params, problem = tiny.problem(net)
-    method = gradients.create("l2w_den", num_exits=3, hidden=4)
-    apply = tiny.jitted(lambda p, s: method.apply(problem, p, s, None))
-    _, aux, _ = apply(params, method.init(params))
-    np.testing.assert_allclose(aux.losses, by_hand.losses(params, problem.batch), rtol=1e-10)
-    # Batches of half the size leave no trace in the running statistics.
-    tiny.assert_close(aux.batch_stats, problem.losses(params)[1].batch_stats)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 6), st.floats(0.3, 1.5), st.integers(0, 1000))
-def test_examples_are_handed_out_as_a_budget_would(size, count, quota, seed):
-    confidences = np.random.default_rng(seed).uniform(0.1, 1, (size, count))
+@pytest.mark.parametrize("quota", [0.3, 0.75, 1.0, 1.5])
+@pytest.mark.parametrize("shape", [(1, 3), (9, 1), (8, 2), (25, 4)])
+def test_examples_are_handed_out_as_a_budget_would(shape, quota):
+    confidences = np.random.default_rng(0).uniform(0.1, 1, shape)
     found = np.asarray(assigned(jnp.asarray(confidences), quota))
     np.testing.assert_array_equal(found.sum(1), 1)
     np.testing.assert_array_equal(found.argmax(1), leaving(confidences, quota))

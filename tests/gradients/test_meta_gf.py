@@ -1,10 +1,9 @@
 """Meta-GF: two whole cycles of its training step against the formulas written out."""
 
-import itertools
-
 import by_hand
 import jax
 import numpy as np
+import optax
 import pytest
 import small_step
 import tiny
@@ -100,7 +99,7 @@ def slope_of_m(start, trained, m, gradient):
 
 
 def trajectory(params):
-    """(parameters, m) after every step, from given ones."""
+    """(parameters, momentum, m) after every step, from given parameters."""
     momentum = {name: np.zeros_like(w) for name, w in params.items()}
     m = {name: np.ones(EXITS) for name in params}
     adam = Adam(m)
@@ -113,7 +112,7 @@ def trajectory(params):
             for _ in range(STEPS):
                 params = descend(params, momentum, step, weights)
                 step += 1
-                yield params, m
+                yield params, momentum, m
             trained.append(params)
         before = m
         for k in range(STEPS):
@@ -124,7 +123,7 @@ def trajectory(params):
             if k == STEPS - 1:
                 m = {name: (1 - KEPT) * m[name] + KEPT * before[name] for name in m}
             step += 1
-            yield params, m
+            yield params, momentum, m
 
 
 def test_two_cycles_equal_the_formulas():
@@ -141,8 +140,11 @@ def test_two_cycles_equal_the_formulas():
     start, _ = next(found)
     want = trajectory(tiny.flat(start.params))
     for at in range(2 * run.method.cycle):
-        (state, losses), (params, m) = next(found), next(want)
+        (state, losses), (params, momentum, m) = next(found), next(want)
         tiny.assert_close(nested(tiny.flat(state.params)), nested(params), rtol=1e-8, atol=1e-11)
+        # It goes on from phase to phase, and rests while the fusion is learnt.
+        trace = optax.tree_utils.tree_get(state.opt_state, "trace")
+        tiny.assert_close(trace, nested(momentum), rtol=1e-8, atol=1e-11)
         importance = tiny.flat(state.method_state.importance)
         for name in importance:
             np.testing.assert_allclose(importance[name], m[name], rtol=1e-7, err_msg=name)
@@ -150,8 +152,6 @@ def test_two_cycles_equal_the_formulas():
         assert state.method_state.step == (at + 1) % run.method.cycle
     moved = [abs(value - 1).max() for name, value in m.items() if len(users(name)) > 1]
     assert min(moved) > 1e-3
-    # The mixture is taken once: m has moved by a tenth of Adam's steps in each cycle.
-    assert max(moved) < 2 * STEPS * RATE * (1 - KEPT) * 1.5
 
 
 def test_published_weights_of_the_other_losses():
@@ -168,16 +168,6 @@ def test_published_weights_of_the_other_losses():
         state = state._replace(step=np.int32(phase), start=params)
         found = apply(state, jax.random.key(0))
         tiny.assert_close(found, slope(params, dict(problem.batch), weights), rtol=1e-8)
-
-
-def test_momentum_rests_while_the_fusion_is_learnt():
-    run = small_step.make_run("meta_gf", phase_steps=STEPS)
-    first = EXITS * STEPS
-    learning = itertools.islice(small_step.states(run), first, first + STEPS + 1)
-    traces = [jax.tree.leaves(state.opt_state) for state, _ in learning]
-    for before, after in itertools.pairwise(traces):
-        for a, b in zip(before, after, strict=True):
-            assert np.array_equal(a, b) != np.issubdtype(a.dtype, np.integer)
 
 
 @pytest.mark.parametrize(
