@@ -1,4 +1,4 @@
-"""The commands of docs/early_exit.md, run one after the other as they stand."""
+"""The tutorial in the README: its commands, run one after the other as they stand."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def commands() -> list[str]:
     """The lines of the blocks marked as shell."""
-    text = (ROOT / "docs" / "early_exit.md").read_text()
+    text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
