@@ -50,6 +50,7 @@ class EarlyExit:
 
     Attributes:
       router: runs the programs.
+      stages: the programs themselves, for the batch sizes of the router alone.
       preprocessing: what makes an image an input.
       labels: (K,) names of the classes.
       costs: (N,) multiply-adds of an image that leaves at each exit.
@@ -63,10 +64,11 @@ class EarlyExit:
         self.manifest = manifest
         self.labels = tuple(manifest["labels"])
         self.costs = tuple(manifest["costs"])
-        fields = {k: _tupled(v) for k, v in manifest["preprocessing"].items()}
+        fields = {k: tupled(v) for k, v in manifest["preprocessing"].items()}
         self.preprocessing = Preprocessing(**fields)
         self.thresholds = Thresholds.from_json(manifest["thresholds"])
         self.family = tuple(map(Thresholds.from_json, manifest["family"]))
+        self.stages = stages
         self.router = Router(
             stages,
             self.preprocessing.image_shape,
@@ -177,10 +179,10 @@ class _Signature:
     @classmethod
     def of(cls, program: Mapping[str, Any], manifest: Mapping[str, Any]) -> "_Signature":
         return cls(
-            _tupled(program["inputs"]),
-            _tupled(program["outputs"]),
-            _tupled(program["kept"]),
-            _tupled(manifest["platforms"]),
+            tupled(program["inputs"]),
+            tupled(program["outputs"]),
+            tupled(program["kept"]),
+            tupled(manifest["platforms"]),
             int(manifest["calling_convention_version"]),
             bool(program["uses_global_constants"]),
         )
@@ -221,8 +223,9 @@ def _check_versions(manifest: Mapping[str, Any]) -> None:
         raise BundleError("computes in float64: set JAX_ENABLE_X64=1")
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def tupled(value: Any) -> Any:
+    """JSON's lists, at any depth, as tuples."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 # The file.

@@ -200,7 +200,7 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
         preprocessing=_preprocessing(run),
         thresholds=chosen or (family[-1] if family else full),
         family=family,
-        about={"network": run.config.model.name, "data": spec.name, "step": step},
+        about={**_network(run.config), "data": spec.name, "step": step},
     )
     variables = jax.device_get(state.variables)  # off the mesh: a program runs on one device
     parts = stages.from_network(run.network, variables, spec.image_shape)
@@ -213,6 +213,16 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {run.config.model.name} of step {step}, {len(costs)} exits, batches "
         f"of {', '.join(map(str, sizes))}, thresholds for {len(family)} budgets"
     )
+
+
+def _network(config: Any) -> dict[str, Any]:
+    """All that `models.create_model` needs to build the network again."""
+    return {
+        "network": config.model.name,
+        "options": config.model.options.to_dict(),
+        "surgery": config.surgery.to_dict(),
+        "precision": config.train.precision,
+    }
 
 
 def _saved_thresholds(workdir: str, step: int, num_exits: int) -> Thresholds | None:
