@@ -112,13 +112,14 @@ class _Alone:
             exit_input = results[stage.carried :]
             self.segments.append(functools.partial(segment, stage.segment.weights, carry))
             self.heads.append(functools.partial(head, stage.head.weights, exit_input))
-            carry = results[: stage.carried]
+            told = head(stage.head.weights, exit_input) if stage.tells else ()
+            carry = (*results[: stage.carried], *told)
 
 
 def _last_logits(parts: Sequence[Stage], weights: Any, carry: Any) -> jax.Array:
     logits = None
     for stage, own in zip(parts, weights, strict=True):
-        carry, logits = stage.run(own, carry)  # earlier logits are not used, so not computed
+        carry, logits = stage.run(own, carry)  # earlier logits that nobody uses are not computed
     return logits
 
 

@@ -7,7 +7,7 @@ import pytest
 from test_networks import SMALL, filled, quickly, small
 
 from dfs_jax import flops, models
-from dfs_jax.early_exit import bundle, confidence, export, stages
+from dfs_jax.early_exit import bundle, confidence, export, stages, throughput
 from dfs_jax.early_exit.budget import ALWAYS, Thresholds
 from dfs_jax.early_exit.preprocessing import Preprocessing
 from dfs_jax.early_exit.router import Router
@@ -206,6 +206,14 @@ def test_early_exit_gives_the_answers_of_the_whole(served, score):
     exits = np.arange(7) % 3
     np.testing.assert_array_equal(answers.exits, exits)
     np.testing.assert_allclose(answers.logits, want[exits, np.arange(7)], rtol=1e-4, atol=1e-4)
+
+
+def test_every_stage_can_be_timed_alone(served):
+    parts, images, want = served
+    alone = throughput._Alone(parts, images)
+    for i, head in enumerate(alone.heads):
+        np.testing.assert_allclose(head()[0], want[i], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(alone.full(), want[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_exported_stages_give_the_same_answers(served, tmp_path):
