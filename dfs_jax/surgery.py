@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dfs_jax import kernels
 from dfs_jax.tags import tagged
 
 Ranges = tuple[tuple[int, int], ...]
@@ -167,37 +168,44 @@ def dense(
 
 @functools.cache
 def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: bool):
-    def plain(x, kernel):
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            strides,
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1] if depthwise else 1,
-        )
+    def geometry(x, kernel):
+        pads = padding
+        if isinstance(padding, str):
+            pads = tuple(lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding))
+        return kernels.Geometry(strides, pads, depthwise)
 
-    def input_gradient(shape, kernel, g):
+    def forward(x, kernel):
+        return kernels.convolution(x, kernel, geometry(x, kernel))
+
+    def input_gradient(x, kernel, g):
         if depthwise:
-            outputs = _spread(live, g.shape[-1] // shape[-1])
-            kernel, g = _take(kernel, outputs, 3), _take(g, outputs, 3)
+            outputs = _spread(live, g.shape[-1] // x.shape[-1])
+            part, g = _take(kernel, outputs, 3), _take(g, outputs, 3)
         else:
-            kernel = _take(kernel, live, 2)
-        part = jax.ShapeDtypeStruct((*shape[:-1], _width(live)), g.dtype)
-        return jax.linear_transpose(lambda x: plain(x, kernel), part)(g)[0]
+            part = _take(kernel, live, 2)
+        shape = (*x.shape[:-1], _width(live))
+        return kernels.input_gradient(shape, part, g, geometry(x, kernel))
 
-    return tagged(f"conv:{_width(live)}", _partial(plain, input_gradient, live))
+    def kernel_gradient(x, kernel, g):
+        return kernels.kernel_gradient(x, kernel.shape, g, geometry(x, kernel))
+
+    product = _partial(forward, input_gradient, kernel_gradient, live)
+    return tagged(f"conv:{_width(live)}", product)
 
 
 @functools.cache
 def _dense(live: Ranges):
-    def plain(x, kernel):
+    def forward(x, kernel):
         return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    def input_gradient(shape, kernel, g):
-        return lax.dot_general(g, _take(kernel, live, 0), (((g.ndim - 1,), (1,)), ((), ())))
+    def input_gradient(x, kernel, g):
+        return lax.dot_general(g, _take(kernel, live, 0), (((x.ndim - 1,), (1,)), ((), ())))
 
-    product = _partial(plain, input_gradient, live)
+    def kernel_gradient(x, kernel, g):
+        leading = tuple(range(x.ndim - 1))
+        return lax.dot_general(x, g, ((leading, leading), ((), ())))
+
+    product = _partial(forward, input_gradient, kernel_gradient, live)
 
     def apply(x, kernel, bias=None):
         y = product(x, kernel)
@@ -206,35 +214,30 @@ def _dense(live: Ranges):
     return tagged(f"dense:{_width(live)}", apply)
 
 
-def _partial(plain, input_gradient, live: Ranges):
-    """`plain(x, kernel)` whose input gradient covers the channels `live` only.
+def _partial(forward, input_gradient, kernel_gradient, live: Ranges):
+    """`forward(x, kernel)` whose input gradient covers the channels `live` only.
 
-    The forward rule calls the operation itself and the backward rule sees x with its dead
-    channels stopped, so that gradients of gradients follow the definition as well.
+    `input_gradient(x, kernel, g)` is that of the live channels, `kernel_gradient(x, kernel, g)`
+    the whole one. The forward rule calls the operation itself and the backward rule sees x with
+    its dead channels stopped, so that gradients of gradients follow the definition as well.
     """
-
-    def run(x, kernel):
-        if live == ((0, x.shape[-1]),):
-            return plain(x, kernel)
-        return operation(x, kernel)
 
     @jax.custom_vjp
     def operation(x, kernel):
-        return plain(x, kernel)
+        return forward(x, kernel)
 
-    def forward(x, kernel):
+    def forward_rule(x, kernel):
         return operation(x, kernel), (x, kernel)
 
-    def backward(residuals, g):
+    def backward_rule(residuals, g):
         x, kernel = residuals
-        stopped = Partitioned(x, live).stopped()
-        (d_kernel,) = jax.linear_transpose(lambda k: plain(stopped, k), kernel)(g)
+        d_kernel = kernel_gradient(Partitioned(x, live).stopped(), kernel, g)
         if not live:
             return jnp.zeros_like(x), d_kernel
-        return _scattered(input_gradient(x.shape, kernel, g), live, x.shape[-1]), d_kernel
+        return _scattered(input_gradient(x, kernel, g), live, x.shape[-1]), d_kernel
 
-    operation.defvjp(forward, backward)
-    return run
+    operation.defvjp(forward_rule, backward_rule)
+    return operation
 
 
 def _promoted(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

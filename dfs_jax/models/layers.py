@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax import surgery
+from dfs_jax import kernels, surgery
 from dfs_jax.surgery import Partitioned
 from dfs_jax.tags import tagged
 
@@ -193,8 +193,7 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
 @functools.cache
 def _max_pool(window: int, strides: int, padding: int):
     def pool(x):
-        edge = (padding, padding)
-        return nn.max_pool(x, (window,) * 2, (strides,) * 2, (edge, edge))
+        return kernels.max_pool(x, window, strides, padding)
 
     return tagged(f"pool:{window * window}", pool)
 

@@ -1,0 +1,292 @@
+"""Formulations of convolution and max pooling that are fast on CPU.
+
+XLA's CPU backend runs the forward pass of a convolution near the machine's peak, but its kernel
+gradient, 1×1 and depthwise convolutions and the backward of a window reduction far below it.
+Each is written here in a way that it compiles well; `docs/performance.md` has the measurements.
+The results are the library's up to rounding, and no formulation has more multiply-adds.
+
+Which formulation runs is decided by shape and, when the program is lowered, by platform: GPU
+and TPU keep the library's. Surgery (which channels get a gradient) is not decided here.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+Shape = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is, besides its operands."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)), zeros
+    depthwise: bool
+
+
+class Formulation(NamedTuple):
+    """A way to compute a convolution y = x * kernel and its two gradients.
+
+    x (B, H, W, C), kernel (h, w, C, O) or (h, w, 1, O) if depthwise, y and g (B, H', W', O).
+    """
+
+    forward: Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) -> y
+    input_gradient: Callable[[Shape, jax.Array, jax.Array], jax.Array]  # (x.shape, kernel, g)
+    kernel_gradient: Callable[[jax.Array, Shape, jax.Array], jax.Array]  # (x, kernel.shape, g)
+
+
+def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """x * kernel, in the formulation that suits the platform."""
+    library, fast = _library(geometry), _fast(kernel.shape, geometry)
+    if fast is None:
+        return library.forward(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=fast.forward, default=library.forward)
+
+
+def input_gradient(shape: Shape, kernel: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """Gradient for an x of `shape`, given that for y."""
+    library, fast = _library(geometry), _fast(kernel.shape, geometry)
+    default = functools.partial(library.input_gradient, shape)
+    if fast is None:
+        return default(kernel, g)
+    cpu = functools.partial(fast.input_gradient, shape)
+    return lax.platform_dependent(kernel, g, cpu=cpu, default=default)
+
+
+def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """Gradient for a kernel of `shape`, given that for y."""
+    library, fast = _library(geometry), _fast(shape, geometry)
+
+    def default(x, g):
+        return library.kernel_gradient(x, shape, g)
+
+    if fast is not None:
+        cpu = lambda x, g: fast.kernel_gradient(x, shape, g)  # noqa: E731
+        return lax.platform_dependent(x, g, cpu=cpu, default=default)
+    if not _patches_pay(shape, g):
+        return default(x, g)
+    patches = lambda x, g: _gradient_by_patches(x, shape, g, geometry)  # noqa: E731
+    return lax.cond(_alone_on_cpu.bind(), patches, default, x, g)
+
+
+def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
+    """The formulation of all three parts on CPU, where the library's is not the best."""
+    if geometry.depthwise:
+        return _taps(geometry) if kernel[2] == 1 else None
+    if kernel[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
+        return _pointwise(geometry)
+    return None
+
+
+@functools.cache
+def _library(geometry: Geometry) -> Formulation:
+    """What the library does."""
+
+    def forward(x, kernel):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            geometry.strides,
+            geometry.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1] if geometry.depthwise else 1,
+        )
+
+    def input_gradient(shape, kernel, g):
+        x = jax.ShapeDtypeStruct(shape, g.dtype)
+        return jax.linear_transpose(lambda x: forward(x, kernel), x)(g)[0]
+
+    def kernel_gradient(x, shape, g):
+        kernel = jax.ShapeDtypeStruct(shape, g.dtype)
+        return jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)(g)[0]
+
+    return Formulation(forward, input_gradient, kernel_gradient)
+
+
+@functools.cache
+def _pointwise(geometry: Geometry) -> Formulation:
+    """A 1×1 convolution is a matrix product over the channels."""
+    rows, columns = geometry.strides
+
+    def seen(x):
+        return x[:, ::rows, ::columns]
+
+    def forward(x, kernel):
+        return lax.dot_general(seen(x), kernel[0, 0], (((3,), (0,)), ((), ())))
+
+    def input_gradient(shape, kernel, g):
+        dx = lax.dot_general(g, kernel[0, 0], (((3,), (1,)), ((), ())))
+        return _spaced(dx, shape, geometry.strides)
+
+    def kernel_gradient(x, shape, g):
+        return lax.dot_general(seen(x), g, (((0, 1, 2),) * 2, ((), ()))).reshape(shape)
+
+    return Formulation(forward, input_gradient, kernel_gradient)
+
+
+def _spaced(x: jax.Array, shape: Shape, strides: tuple[int, int]) -> jax.Array:
+    """x (B, H', W', C) at every stride-th place of zeros of `shape`."""
+    if x.shape == shape:
+        return x
+    config = [
+        (0, size - (small - 1) * step - 1, step - 1)
+        for size, small, step in zip(shape[1:3], x.shape[1:3], strides, strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+
+
+@functools.cache
+def _taps(geometry: Geometry) -> Formulation:
+    """A depthwise convolution is a sum over the places of its kernel, one loop when compiled."""
+
+    def forward(x, kernel):
+        if kernel.shape[-1] != x.shape[-1]:
+            return _library(geometry).forward(x, kernel)
+        taps = _windows(x, kernel.shape, geometry)
+        return sum(tap * kernel[i, j, 0] for (i, j), tap in taps)
+
+    def input_gradient(shape, kernel, g):
+        if g.shape[-1] != shape[-1]:
+            return _library(geometry).input_gradient(shape, kernel, g)
+        x = jax.ShapeDtypeStruct(shape, g.dtype)
+        return jax.linear_transpose(lambda x: forward(x, kernel), x)(g)[0]
+
+    def kernel_gradient(x, shape, g):
+        if shape[-1] != x.shape[-1]:
+            return _library(geometry).kernel_gradient(x, shape, g)
+        sums = [jnp.sum(tap * g, (0, 1, 2)) for _, tap in _windows(x, shape, geometry)]
+        return jnp.stack(sums).reshape(shape)
+
+    return Formulation(forward, input_gradient, kernel_gradient)
+
+
+def _windows(x: jax.Array, kernel: Shape, geometry: Geometry):
+    """((i, j), what kernel[i, j] meets, (B, H', W', C)) for every place of the kernel."""
+    x = jnp.pad(x, ((0, 0), *geometry.padding, (0, 0)))
+    (height, width), (rows, columns) = x.shape[1:3], geometry.strides
+    for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
+        below, right = height - (kernel[0] - 1 - i), width - (kernel[1] - 1 - j)
+        yield (i, j), x[:, i:below:rows, j:right:columns]
+
+
+# The kernel gradient as a matrix product of patches and g. All patches at once are h·w times
+# the feature and have to come from memory again; a few images' stay in the cache.
+
+_CACHED = 2_500_000  # elements of the patches of one part, 10 MB in float32
+_SMALLEST_MAP = 64  # below, the library is as fast
+
+
+def _patches_pay(kernel: Shape, g: jax.Array) -> bool:
+    wide = g.dtype in (jnp.float32, jnp.float64)  # parts are summed up in this type
+    return wide and kernel[0] * kernel[1] > 1 and math.prod(g.shape[1:3]) >= _SMALLEST_MAP
+
+
+def _gradient_by_patches(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
+    inputs, outputs = math.prod(shape[:3]), shape[3]
+
+    def part(x, g):
+        taps = [tap for _, tap in _windows(x, shape, geometry)]
+        patches = jnp.concatenate(taps, axis=-1)
+        return lax.dot_general(g, patches, (((0, 1, 2),) * 2, ((), ())))
+
+    batch, per_image = g.shape[0], inputs * math.prod(g.shape[1:3])
+    fitting = max(1, _CACHED // per_image)
+    images = max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
+
+    def add(total, arrays):
+        return total + part(*arrays), None
+
+    parts = [a.reshape(batch // images, images, *a.shape[1:]) for a in (x, g)]
+    total, _ = lax.scan(add, jnp.zeros((outputs, inputs), g.dtype), parts)
+    return total.T.reshape(shape)
+
+
+# True in a program that is lowered for one CPU device. Parts of a batch that is spread over
+# devices would be gathered, so there the library's kernel gradient stays.
+_alone_on_cpu = Primitive("alone_on_cpu")
+_alone_on_cpu.def_abstract_eval(lambda: jax.core.ShapedArray((), jnp.dtype(bool)))
+_alone_on_cpu.def_impl(lambda: jax.jit(_alone_on_cpu.bind)())
+
+
+def _lower_on_cpu(ctx):
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    return [mlir.ir_constant(np.bool_(devices == 1))]
+
+
+mlir.register_lowering(_alone_on_cpu, _lower_on_cpu, platform="cpu")
+mlir.register_lowering(_alone_on_cpu, lambda ctx: [mlir.ir_constant(np.bool_(False))])
+
+
+def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
+    """Maximum over windows of x (B, H, W, C); the border is padded with -inf.
+
+    The gradient goes to the first maximum of a window, in the order of rows, as in PyTorch.
+    """
+    if window != strides or padding:
+        return _window_maximum(x, window, strides, padding)
+    return _tiled_maximum(window)(x)
+
+
+def _window_maximum(x, window, strides, padding):
+    sizes, steps = (1, window, window, 1), (1, strides, strides, 1)
+    edge = (padding, padding)
+    lowest = np.array(-np.inf, x.dtype)  # a constant, by which JAX knows that it is a maximum
+    return lax.reduce_window(x, lowest, lax.max, sizes, steps, ((0, 0), edge, edge, (0, 0)))
+
+
+@functools.cache
+def _tiled_maximum(window: int):
+    """Maximum over tiles of window × window; rows and columns left over are dropped."""
+
+    def library(x):
+        return _window_maximum(x, window, window, 0)
+
+    def tiles(x):
+        """One (B, H', W', C) per place in a tile, in the order of rows."""
+        height, width = (size // window * window for size in x.shape[1:3])
+        for i, j in itertools.product(range(window), repeat=2):
+            yield x[:, i:height:window, j:width:window]
+
+    def on_cpu(x):
+        return functools.reduce(jnp.maximum, tiles(x))
+
+    def spread(x, y, g):
+        """g at the first place of its tile where x is y, zeros elsewhere."""
+        places = window * window
+        first = jnp.full(y.shape, places - 1, jnp.uint8)
+        for k, tile in reversed(list(enumerate(tiles(x)))[:-1]):
+            first = jnp.where(tile == y, jnp.uint8(k), first)
+        batch, rows, columns, channels = y.shape
+        k = jnp.arange(places, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
+        here = first[:, :, None, :, None] == k
+        dx = jnp.where(here, g[:, :, None, :, None], 0)
+        dx = dx.reshape(batch, rows * window, columns * window, channels)
+        left = [(0, size - used) for size, used in zip(x.shape, dx.shape, strict=True)]
+        return jnp.pad(dx, left)
+
+    @jax.custom_vjp
+    def pool(x):
+        return lax.platform_dependent(x, cpu=on_cpu, default=library)
+
+    def forward(x):
+        y = pool(x)
+        return y, (x, y)
+
+    def backward(kept, g):
+        def default(x, y, g):
+            return jax.vjp(library, x)[1](g)[0]
+
+        x, y = jax.tree.map(lax.stop_gradient, kept)  # where a maximum is has no derivative
+        return (lax.platform_dependent(x, y, g, cpu=spread, default=default),)
+
+    pool.defvjp(forward, backward)
+    return pool

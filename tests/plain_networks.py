@@ -1,0 +1,90 @@
+"""The networks as one would write them in plain JAX, to compare the fast formulations with.
+
+Same parameters, same results: convolutions are `lax.conv_general_dilated`, max pooling is
+`lax.reduce_window`, batch norm is its formula, and all gradients are JAX's own.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dfs_jax import surgery
+from dfs_jax.models import layers
+from dfs_jax.surgery import as_partitioned
+
+
+def conv(x, kernel, *, strides=1, padding=0, groups=1):
+    """`surgery.conv` by its definition."""
+    x = as_partitioned(x).stopped()
+    dtype = jnp.result_type(x, kernel)
+    strides = (strides, strides) if isinstance(strides, int) else strides
+    padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def dense(x, kernel, bias=None):
+    """`surgery.dense` by its definition."""
+    y = as_partitioned(x).stopped() @ kernel
+    return y if bias is None else y + bias
+
+
+def max_pool(x, window, strides, padding=0):
+    """`layers.max_pool` by the library's window reduction."""
+    edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    sizes, steps = (1, window, window, 1), (1, strides, strides, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, steps, edges)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Networks traced inside are the plain ones."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(surgery, "conv", conv))
+        stack.enter_context(mock.patch.object(surgery, "dense", dense))
+        factory = lambda *choice: lambda x: max_pool(x, *choice)  # noqa: E731
+        stack.enter_context(mock.patch.object(layers, "_max_pool", factory))
+        yield
+
+
+def train_step(network, optimizer):
+    """Update (params, batch_stats, opt_state), images, labels -> (the same, loss); donates them.
+
+    The loss is the exits' summed cross-entropy.
+    """
+
+    def loss(params, batch_stats, images, labels):
+        outputs, updates = network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        chosen = [
+            jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+            for logits in outputs.logits
+        ]
+        return -sum(map(jnp.mean, chosen)), updates.get("batch_stats", {})
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, images, labels):
+        params, batch_stats, opt_state = state
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, batch_stats), grads = gradient(params, batch_stats, images, labels)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        return (params, batch_stats, opt_state), value
+
+    return step

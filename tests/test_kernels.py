@@ -1,0 +1,247 @@
+"""The fast formulations against the library's, and where each of them runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from plain_networks import conv as plain_conv
+from plain_networks import max_pool as plain_max_pool
+
+from dfs_jax import compiled, kernels
+from dfs_jax.surgery import Partitioned, conv
+
+PROPERTY = settings(max_examples=8, deadline=None)
+PADDINGS = st.sampled_from([0, 1, "SAME", ((0, 2), (1, 0))])
+
+
+def random(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def assert_equal_with_gradients(ours, theirs, *arrays):
+    """Values, gradients, and gradients of gradients in float64, to 1e-10."""
+
+    def gradients(function, *arrays):
+        value, pull = jax.vjp(function, *arrays)
+        return value, pull(jnp.cos(value))
+
+    def curvature(function, *arrays):
+        def squared(*arrays):
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients(function, *arrays)))
+
+        return jax.grad(squared, range(len(arrays)))(*arrays)
+
+    for what in (gradients, curvature):
+        mine, reference = (jax.jit(functools.partial(what, f))(*arrays) for f in (ours, theirs))
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(reference), strict=True):
+            scale = max(1.0, float(jnp.max(jnp.abs(b))))
+            np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-10)
+
+
+@PROPERTY
+@given(
+    size=st.sampled_from([3, 5, 8, 9]),
+    channels=st.integers(1, 4),
+    outputs=st.integers(1, 3),
+    window=st.sampled_from([(1, 1), (3, 3), (2, 3)]),
+    strides=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=PADDINGS,
+    cached=st.sampled_from([1, 2000, 10**6]),
+    dead=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_convolution_is_the_library_s(
+    size, channels, outputs, window, strides, padding, cached, dead, seed
+):
+    live = ((channels // 2, channels),) if dead else ((0, channels),)
+    choice = {"strides": strides, "padding": padding}
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_CACHED", cached)
+        patch.setattr(kernels, "_SMALLEST_MAP", 12)
+        jax.clear_caches()
+        x = random(seed, 4, size, size + 1, channels)
+        kernel = random(seed + 1, *window, channels, outputs)
+        assert_equal_with_gradients(
+            lambda x, k: conv(Partitioned(x, live), k, **choice),
+            lambda x, k: plain_conv(Partitioned(x, live), k, **choice),
+            *(x, kernel),
+        )
+
+
+@PROPERTY
+@given(
+    size=st.integers(3, 7),
+    channels=st.integers(1, 4),
+    multiplier=st.integers(1, 2),
+    strides=st.integers(1, 3),
+    padding=PADDINGS,
+    seed=st.integers(0, 99),
+)
+def test_depthwise_convolution_is_the_library_s(size, channels, multiplier, strides, padding, seed):
+    choice = {"strides": strides, "padding": padding, "groups": channels}
+    with jax.enable_x64(True):
+        x = random(seed, 2, size, size + 1, channels)
+        kernel = random(seed + 1, 3, 3, 1, channels * multiplier)
+        assert_equal_with_gradients(
+            lambda x, k: conv(x, k, **choice), lambda x, k: plain_conv(x, k, **choice), x, kernel
+        )
+
+
+@PROPERTY
+@given(
+    height=st.integers(2, 7),
+    width=st.integers(3, 7),
+    window=st.sampled_from([2, 3]),
+    ties=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_max_pool_is_the_library_s(height, width, window, ties, seed):
+    with jax.enable_x64(True):
+        x = random(seed, 2, max(height, window), max(width, window), 3)
+        x = jnp.round(x) if ties else x
+        assert_equal_with_gradients(
+            lambda x: kernels.max_pool(x, window, window),
+            lambda x: plain_max_pool(x, window, window),
+            x,
+        )
+
+
+def test_overlapping_max_pool_is_the_library_s():
+    with jax.enable_x64(True):
+        x = random(0, 2, 7, 6, 3)
+        assert_equal_with_gradients(
+            lambda x: kernels.max_pool(x, 3, 2, 1), lambda x: plain_max_pool(x, 3, 2, 1), x
+        )
+
+
+def test_the_first_maximum_gets_the_gradient():
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 1, 0].set(1).at[0, 1, 0, 0].set(1)
+    gradient = jax.grad(lambda x: jnp.sum(kernels.max_pool(x, 2, 2)))(x)
+    expected = np.zeros((4, 4))
+    expected[0, 1] = expected[0, 2] = expected[2, 0] = expected[2, 2] = 1
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
+
+
+def test_max_pool_hands_on_what_is_not_a_number():
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 1, 1, 0].set(jnp.nan)
+    assert jnp.isnan(kernels.max_pool(x, 2, 2)).tolist() == [[[[True], [False]], [[False]] * 2]]
+
+
+def test_max_pool_at_the_size_of_imagenet():
+    """Under jit, where a pooling by reshape has given wrong gradients."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 224, 224, 4)), jnp.float32)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda x, pool=pool: jnp.sum(jnp.sin(pool(x, 2, 2)))))(x)
+        for pool in (kernels.max_pool, plain_max_pool)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+# Where which formulation runs.
+
+
+def _gradients(strides, padding, groups=1):
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(conv(x, kernel, strides=strides, padding=padding, groups=groups)))
+
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+
+CASES = {
+    "patches": (_gradients(1, 1), (3, 3, 16, 16)),
+    "strided patches": (_gradients(2, 1), (3, 3, 16, 16)),
+    "pointwise": (_gradients(1, 0), (1, 1, 16, 16)),
+    "strided pointwise": (_gradients(2, 0), (1, 1, 16, 16)),
+    "depthwise": (_gradients(2, 1, 16), (3, 3, 1, 16)),
+}
+IMAGES = (64, 32, 32, 16)
+
+
+def _abstract(shape, sharding=None):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_other_platforms_keep_the_library_s(platform, chosen):
+    choose = jax.jit(
+        lambda: (
+            kernels._alone_on_cpu.bind(),
+            lax.platform_dependent(cpu=lambda: True, default=lambda: False),
+        )
+    )
+    text = choose.trace().lower(lowering_platforms=(platform,)).as_text()
+    assert ("dense<true>" in text) == chosen
+    function, kernel = CASES["patches"]
+    traced = function.trace(_abstract(IMAGES), _abstract(kernel))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert f"dense<{str(chosen).lower()}>" in text
+    assert text.count("stablehlo.convolution") == 3  # the kernel gradient's is one of two branches
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_cpu_device_runs_the_fast_formulation(case):
+    function, kernel = CASES[case]
+    text = function.lower(_abstract(IMAGES), _abstract(kernel)).compile().as_text()
+    assert "conditional(" not in text
+    assert text.count(" convolution(") == (2 if "patches" in case else 0)
+    if case == "patches":  # of more images than fit into one part
+        assert " while(" in text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_move_no_activation(case):
+    """The only thing that they exchange is the kernel's gradient, once."""
+    function, kernel = CASES[case]
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    text = function.lower(_abstract(IMAGES, spread), _abstract(kernel, same)).compile().as_text()
+    assert "conditional(" not in text
+    for moving in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert moving not in text
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
+
+
+def test_eight_devices_move_no_activation_of_a_pooling():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    function = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(kernels.max_pool(x, 2, 2)))))
+    text = function.lower(_abstract(IMAGES, spread)).compile().as_text()
+    for moving in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert moving not in text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_formulation_has_more_products(case):
+    function, kernel = CASES[case]
+    arguments = _abstract(IMAGES), _abstract(kernel)
+    one = jnp.zeros(())
+
+    def plain(x, kernel):
+        strides = 2 if "strided" in case or case == "depthwise" else 1
+        groups = 16 if case == "depthwise" else 1
+        padding = 0 if "pointwise" in case else 1
+        y = plain_conv(x, kernel, strides=strides, padding=padding, groups=groups)
+        return jnp.sum(jnp.sin(y)) + one
+
+    reference = jax.jit(jax.grad(plain, (0, 1)))
+    ours, theirs = (compiled.flops(f.lower(*arguments).compile()) for f in (function, reference))
+    # The library's count leaves the products with padding out.
+    assert ours <= (1.1 if case == "depthwise" else 1.05) * theirs
+
+
+def test_flops_of_loops_count_every_round():
+    def product(count):
+        def body(total, arrays):
+            return total + arrays[0] @ arrays[1], None
+
+        shape = _abstract((count, 32, 32))
+        function = jax.jit(lambda a, b: lax.scan(body, jnp.zeros((32, 32)), (a, b))[0])
+        return compiled.flops(function.lower(shape, shape).compile())
+
+    assert product(7) == pytest.approx(7 * 2 * 32**3, rel=0.02)
