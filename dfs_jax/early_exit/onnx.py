@@ -14,6 +14,7 @@ from the bundle's manifest and takes the weights from the bundle.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -23,7 +24,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -211,7 +212,8 @@ def _converted(name: str, program: Program, avals: Sequence[Any]) -> tuple[bytes
         return program.call(program.weights, arguments)
 
     closed, results = jax.make_jaxpr(call, return_shape=True)(*avals)
-    try:
+    tool = f"jax2onnx {importlib.metadata.version('jax2onnx')}"
+    with _told(f"cannot be converted: {tool} fails at {name}"):
         model = jax2onnx.to_onnx(
             plain(closed),
             avals,
@@ -220,10 +222,6 @@ def _converted(name: str, program: Program, avals: Sequence[Any]) -> tuple[bytes
         )
         _name_outputs(model)
         onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # whatever it is, it is not ours
-        tool = f"jax2onnx {importlib.metadata.version('jax2onnx')}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot be converted: {tool} fails at {name}: {reason}") from error
     return model.SerializeToString(), results
 
 
@@ -240,17 +238,30 @@ def _name_outputs(model: Any) -> None:
 # Check.
 
 
-def session(model: bytes) -> Function:
-    """`model` run by onnxruntime on the CPU."""
+def session(name: str, model: bytes) -> Function:
+    """`model` run by onnxruntime on the CPU. Raises ValueError, now or when called, if it fails."""
     import onnxruntime
 
-    runtime = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with _told(f"and onnxruntime {onnxruntime.__version__} fails at its {name}.onnx"):
+        runtime = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [given.name for given in runtime.get_inputs()]
 
     def run(*arguments: Any) -> Sequence[np.ndarray]:
-        return runtime.run(None, dict(zip(names, map(np.asarray, arguments), strict=True)))
+        given = dict(zip(names, map(np.asarray, arguments), strict=True))
+        with _told(f"and onnxruntime {onnxruntime.__version__} fails at its {name}.onnx"):
+            return runtime.run(None, given)
 
     return run
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever a tool raises, as a ValueError with `what` and the first line of the tool's."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def differences(
@@ -296,7 +307,7 @@ def _checked(
 
     Raises ValueError naming the first file that is off by more than `tolerance`.
     """
-    functions = {name: session(model) for name, model in models.items()}
+    functions = {name: session(name, model) for name, model in models.items()}
     rng, greatest = np.random.default_rng(0), dict.fromkeys(models, 0.0)
     for size in sorted({early_exit.router.sizes[0], early_exit.router.sizes[-1]}):
         shape = (size, *early_exit.preprocessing.image_shape)

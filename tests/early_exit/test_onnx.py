@@ -272,12 +272,29 @@ def test_differences_are_told_where_they_arise(loaded):
 def test_a_file_that_answers_differently_is_refused(loaded, monkeypatch, spoil):
     others = functions(loaded)
     honest = others["exit2"]
-    names = {name: name.encode() for name in others}
-    monkeypatch.setattr(onnx, "session", lambda model: others[model.decode()])
+    names = dict.fromkeys(others, b"model")
+    monkeypatch.setattr(onnx, "session", lambda name, model: others[name])
     assert onnx._checked(loaded, names, 1e-4) == dict.fromkeys(names, 0.0)
     others["exit2"] = lambda *a: [spoil(honest(*a)[0])]
     with pytest.raises(ValueError, match=r"and its exit2\.onnx answer differently"):
         onnx._checked(loaded, names, 1e-4)
+
+
+class Runtime:
+    """onnxruntime, for which no model is good enough."""
+
+    __version__ = "1.0"
+
+    @staticmethod
+    def InferenceSession(model, providers):
+        raise RuntimeError("no such operation: Fold\nin node 3")
+
+
+def test_a_file_that_does_not_run_is_refused(loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", Runtime)
+    told = r"^and onnxruntime 1\.0 fails at its segment1\.onnx: no such operation: Fold$"
+    with pytest.raises(ValueError, match=told):
+        onnx._checked(loaded, dict.fromkeys(functions(loaded), b"model"), 1e-4)
 
 
 # For real.
