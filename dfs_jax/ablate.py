@@ -25,6 +25,7 @@ from etils import epath
 from dfs_jax import ablation_report, command, conflict_report, metrics, train
 from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
+from dfs_jax.saving import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         try:
             command.configure_jax(cell.config)
             train.train_and_evaluate(cell.config, str(place))
+        except Preempted:  # the machine is wanted back: the grid ends, and goes on from here
+            raise
         except Exception as error:  # one bad run must not cost the night's others
             failed[cell.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("%s failed: %s", cell.name, failed[cell.name])

@@ -11,6 +11,7 @@ from etils import epath
 
 from dfs_jax import ablate, ablation_report, train
 from dfs_jax.ablation_report import Row
+from dfs_jax.saving import Preempted
 
 GRID = """
 from dfs_jax.ablate import Grid
@@ -103,6 +104,20 @@ def test_a_grid_that_was_stopped_ends_with_the_same_bytes(grid_file, tmp_path, t
     assert len(again.runs) == len(runs) - 5, "finished runs are not trained again"
     whole, stopped = (tmp_path / d / "results.csv" for d in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
+
+
+def test_a_grid_that_is_told_to_end_ends(grid_file, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def told(config, workdir):
+        started.append(workdir)
+        raise Preempted("told to end: step 5 is saved; the same command goes on from it")
+
+    monkeypatch.setattr(train, "train_and_evaluate", told)
+    status = ablate.main(["--config", str(grid_file), "--workdir", str(tmp_path / "grid")])
+    assert status == 1
+    assert len(started) == 1
+    assert "told to end: step 5 is saved" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_listed_and_the_rest_go_on(grid_file, tmp_path, trainer, capsys):
