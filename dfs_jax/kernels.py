@@ -47,7 +47,7 @@ class Formulation(NamedTuple):
 def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """x * kernel, in the formulation that suits the platform."""
     library, fast = _library(geometry), _fast(kernel.shape, geometry)
-    if fast is None:
+    if fast is None or fast.forward is library.forward:
         return library.forward(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=fast.forward, default=library.forward)
 
@@ -69,7 +69,7 @@ def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry
     def default(x, g):
         return library.kernel_gradient(x, shape, g)
 
-    if fast is not None:
+    if fast is not None and fast.kernel_gradient is not library.kernel_gradient:
         cpu = lambda x, g: fast.kernel_gradient(x, shape, g)  # noqa: E731
         return lax.platform_dependent(x, g, cpu=cpu, default=default)
     if not _patches_pay(shape, g):
@@ -81,9 +81,11 @@ def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry
 def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
     """The formulation of all three parts on CPU, where the library's is not the best."""
     if geometry.depthwise:
-        return _taps(geometry) if kernel[2] == 1 else None
+        return _taps(geometry)
     if kernel[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
         return _pointwise(geometry)
+    if max(geometry.strides) > 1:
+        return _strided(geometry)
     return None
 
 
@@ -145,6 +147,52 @@ def _spaced(x: jax.Array, shape: Shape, strides: tuple[int, int]) -> jax.Array:
 
 
 @functools.cache
+def _strided(geometry: Geometry) -> Formulation:
+    """The input gradient of a strided convolution is one convolution per phase of the stride.
+
+    Rows u = a + s m of the input meet the kernel's rows i = u + p mod s alone, so that phase a
+    of the gradient is g convolved with those; the library convolves g spread among zeros.
+    """
+    library = _library(geometry)
+
+    def input_gradient(shape, kernel, g):
+        kernel = kernel.swapaxes(2, 3)
+        across = [
+            [
+                _phase(a, kernel.shape[axis], shape[axis + 1], g.shape[axis + 1], step, before)
+                for a in range(step)
+            ]
+            for axis, (step, (before, _)) in enumerate(
+                zip(geometry.strides, geometry.padding, strict=True)
+            )
+        ]
+        (rows, columns), (batch, height, width, channels) = geometry.strides, shape
+        phases = []
+        for (first, _, up_down), (left, _, sideways) in itertools.product(*across):
+            part = kernel[first::rows, left::columns][::-1, ::-1]
+            if 0 in part.shape:
+                grid = (batch, -(-height // rows), -(-width // columns), channels)
+                phases.append(jnp.zeros(grid, g.dtype))
+                continue
+            one = _library(Geometry((1, 1), (up_down, sideways), False))
+            phases.append(one.forward(g, part))
+        stacked = jnp.stack(phases).reshape(rows, columns, *phases[0].shape)
+        dx = stacked.transpose(2, 3, 0, 4, 1, 5)
+        dx = dx.reshape(batch, dx.shape[1] * rows, dx.shape[3] * columns, channels)
+        return dx[:, :height, :width]
+
+    return library._replace(input_gradient=input_gradient)
+
+
+def _phase(a: int, window: int, size: int, outputs: int, step: int, before: int):
+    """(first row of the kernel, its number of rows, padding of g) of the inputs a + step m."""
+    first = (a + before) % step
+    taps = -(-(window - first) // step) if window > first else 0
+    start = (a + before - first) // step
+    return first, taps, (taps - 1 - start, start - (-size // step) - outputs)
+
+
+@functools.cache
 def _taps(geometry: Geometry) -> Formulation:
     """A depthwise convolution is a sum over the places of its kernel, one loop when compiled."""
 
@@ -181,8 +229,9 @@ def _windows(x: jax.Array, kernel: Shape, geometry: Geometry):
 # The kernel gradient as a matrix product of patches and g. All patches at once are h·w times
 # the feature and have to come from memory again; a few images' stay in the cache.
 
-_CACHED = 2_500_000  # elements of the patches of one part, 10 MB in float32
-_SMALLEST_MAP = 64  # below, the library is as fast
+_CACHED = 1_250_000  # elements of the patches of one part, 5 MB in float32
+_SMALLEST_MAP = 64  # elements; below, the library is as fast
+_WIDE = 64  # channels from which the compiler copies a transposed operand badly
 
 
 def _patches_pay(kernel: Shape, g: jax.Array) -> bool:
@@ -195,8 +244,8 @@ def _gradient_by_patches(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geo
 
     def part(x, g):
         taps = [tap for _, tap in _windows(x, shape, geometry)]
-        patches = jnp.concatenate(taps, axis=-1)
-        return lax.dot_general(g, patches, (((0, 1, 2),) * 2, ((), ())))
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, inputs)
+        return _transposed(g.reshape(-1, outputs)) @ patches
 
     batch, per_image = g.shape[0], inputs * math.prod(g.shape[1:3])
     fitting = max(1, _CACHED // per_image)
@@ -208,6 +257,19 @@ def _gradient_by_patches(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geo
     parts = [a.reshape(batch // images, images, *a.shape[1:]) for a in (x, g)]
     total, _ = lax.scan(add, jnp.zeros((outputs, inputs), g.dtype), parts)
     return total.T.reshape(shape)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """x (N, C) as (C, N), in two steps that stay within the cache.
+
+    The compiler's own copy strides through all of x and takes longer than the product with it.
+    """
+    count, channels = x.shape
+    rows = math.gcd(count, 64)
+    if channels < _WIDE or rows < 8:
+        return x.T
+    blocks = x.reshape(count // rows, rows, channels).transpose(0, 2, 1)
+    return lax.optimization_barrier(blocks).transpose(1, 0, 2).reshape(channels, count)
 
 
 # True in a program that is lowered for one CPU device. Parts of a batch that is spread over
