@@ -8,19 +8,17 @@ Two seeds each on the `clean` double digits, in batches of 64. docs/results.md h
 from dfs_jax.ablate import Grid
 
 _STEPS = "train.steps={}"
-_WIDTHS = "model.options.widths={}"
 
 
 def get_grid() -> Grid:
-    """Each setting changes one thing of `base`; the methods are compared within a setting."""
+    """The settings differ from `base` as they say; methods are compared within a setting."""
     settings = {
         "base": [],
         "400 steps": [_STEPS.format(400)],
-        "msdnet": ["preset=msdnet"],
-        "resnet18": ["preset=resnet18"],
-        "width 8": [_WIDTHS.format("((8,8),(16,16),(32,32))")],
+        "msdnet, 400 steps": ["preset=msdnet", _STEPS.format(400)],
+        "resnet18, 400 steps": ["preset=resnet18", _STEPS.format(400)],
+        "width 8": ["model.options.widths=((8,8),(16,16),(32,32))"],
         "3600 steps": [_STEPS.format(3600)],
-        "width 32": [_WIDTHS.format("((32,32),(64,64),(128,128))")],
     }
     methods = {word: [f"preset={word}"] for word in ("joint", "dfs", "dfs_all")}
     return Grid(
