@@ -16,7 +16,13 @@ def get_grid() -> Grid:
         "base": [],
         "400 steps": [_STEPS.format(400)],
         "msdnet, 400 steps": ["preset=msdnet", _STEPS.format(400)],
-        "resnet18, 400 steps": ["preset=resnet18", _STEPS.format(400)],
+        "resnet18 with distillation, 400 steps": [
+            "preset=resnet18",
+            _STEPS.format(400),
+            "model.options.adapters=True",
+            "objective.logit_weight=0.3",
+            "objective.feature_weight=0.03",
+        ],
         "width 8": ["model.options.widths=((8,8),(16,16),(32,32))"],
         "3600 steps": [_STEPS.format(3600)],
     }
