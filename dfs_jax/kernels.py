@@ -3,7 +3,8 @@
 XLA's CPU backend runs the forward pass of a convolution near the machine's peak, but its kernel
 gradient, 1×1 and depthwise convolutions and the backward of a window reduction far below it.
 Each is written here in a way that it compiles well; `docs/performance.md` has the measurements.
-The results are the library's up to rounding, and no formulation has more multiply-adds.
+The results are the library's up to rounding. Kernel gradients by patches multiply with the zeros
+of the padding too, as the definition's full windows do and the library does not.
 
 Which formulation runs is decided by shape and, when the program is lowered, by platform: GPU
 and TPU keep the library's. Surgery (which channels get a gradient) is not decided here.
