@@ -232,12 +232,16 @@ def _windows(x: jax.Array, kernel: Shape, geometry: Geometry):
 
 _CACHED = 1_250_000  # elements of the patches of one part, 5 MB in float32
 _SMALLEST_MAP = 64  # elements; below, the library is as fast
+# Patches hold the zeros of the padding too, and the library leaves their products out. A large
+# batch is faster all the same; of a small one the library's fewer multiply-adds are kept.
+_SMALLEST_BATCH = 32
 _WIDE = 64  # channels from which the compiler copies a transposed operand badly
 
 
 def _patches_pay(kernel: Shape, g: jax.Array) -> bool:
     wide = g.dtype in (jnp.float32, jnp.float64)  # parts are summed up in this type
-    return wide and kernel[0] * kernel[1] > 1 and math.prod(g.shape[1:3]) >= _SMALLEST_MAP
+    large = g.shape[0] >= _SMALLEST_BATCH and math.prod(g.shape[1:3]) >= _SMALLEST_MAP
+    return wide and large and kernel[0] * kernel[1] > 1
 
 
 def _gradient_by_patches(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:

@@ -27,6 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dfs_jax import config as configuration
 from dfs_jax import experiment, flops, input_gradients, sharding, train
+from dfs_jax.compiled import flops as count_flops
 from dfs_jax.config import ConfigError
 from dfs_jax.data import Data
 from dfs_jax.data.pipeline import Batch, Spec, place
@@ -266,7 +267,7 @@ def compiled_cost(function: Any, *arguments: Any) -> tuple[Callable, Cost]:
     cost = Cost(
         trace_seconds=traced - began,
         compile_seconds=done - traced,
-        flops=float(counts.get("flops", 0.0)),
+        flops=count_flops(compiled),
         bytes_accessed=float(counts.get("bytes accessed", 0.0)),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
