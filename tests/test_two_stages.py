@@ -51,7 +51,8 @@ def test_second_stage_trains_the_exits_alone(tmp_path, caplog):
 
 
 def test_freezing_fresh_weights_is_told(caplog):
-    experiment.prepare(_config("imta", "model.options.collaboration=True"))
+    with caplog.at_level(logging.WARNING):
+        experiment.prepare(_config("imta", "model.options.collaboration=True"))
     assert "train.init_from" in caplog.text
 
 

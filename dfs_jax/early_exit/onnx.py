@@ -362,8 +362,8 @@ def _convert_bundle(arguments: argparse.Namespace) -> None:
             "onnxruntime ml-collections` and `onnx-env/bin/pip install --no-deps .`, and run this "
             "with onnx-env/bin/python"
         )
-    # jax2onnx tells of every file, onnx_ir of every shape that it does not infer.
-    logging.getLogger().setLevel(logging.ERROR)
+    for noisy in ("jax2onnx", "onnx_ir"):  # of every file, of every shape that is not inferred
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         early_exit = bundle.EarlyExit.load(arguments.bundle)
     except bundle.BundleError as error:
