@@ -386,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.update(
         JAX_PLATFORMS="cpu",
+        XLA_FLAGS="",  # one device
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         TF_CPP_MIN_LOG_LEVEL="3",
     )
