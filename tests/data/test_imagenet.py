@@ -32,7 +32,6 @@ def prepared(archives, tmp_path_factory):
     """A directory of prepared data for each backend."""
     directories = {}
     for backend, file_format in BACKENDS.items():
-        pytest.importorskip("array_record")
         directories[backend] = tmp_path_factory.mktemp(file_format)
         flags = [f"--data_dir={directories[backend]}", f"--manual_dir={archives}"]
         flags += [f"--file_format={file_format}", "--partial"]
