@@ -5,11 +5,9 @@ Same parameters, same results: convolutions are `lax.conv_general_dilated`, max 
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -56,35 +54,3 @@ def plain() -> Iterator[None]:
         factory = lambda *choice: lambda x: max_pool(x, *choice)  # noqa: E731
         stack.enter_context(mock.patch.object(layers, "_max_pool", factory))
         yield
-
-
-def train_step(network, optimizer):
-    """Update (params, batch_stats, opt_state), images, labels -> (the same, loss); donates them.
-
-    The loss is the exits' summed cross-entropy.
-    """
-
-    def loss(params, batch_stats, images, labels):
-        outputs, updates = network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-        chosen = [
-            jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
-            for logits in outputs.logits
-        ]
-        return -sum(map(jnp.mean, chosen)), updates.get("batch_stats", {})
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, images, labels):
-        params, batch_stats, opt_state = state
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, batch_stats), grads = gradient(params, batch_stats, images, labels)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-        return (params, batch_stats, opt_state), value
-
-    return step

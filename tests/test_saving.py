@@ -52,30 +52,24 @@ class TestWhen:
         due = saves(Saver(), every=3).due
         assert [step for step in range(1, 10) if due(step)] == [3, 6, 9]
 
-    def test_by_minutes_at_the_steps_that_are_logged(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("every", "log_every", "want"),
+        [
+            (1000, 4, [12, 24, 36]),  # at the steps that are logged; 30 seconds are 12 steps
+            (10, 1, [10, 20, 30]),  # a save by steps starts the minutes anew
+        ],
+    )
+    def test_by_minutes(self, every, log_every, want, monkeypatch):
         now = [0.0]
         monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-        s = saves(Saver(), every=1000, checkpoint_minutes=0.5, log_every=4)
+        s = saves(Saver(), every=every, checkpoint_minutes=0.5, log_every=log_every)
         found = []
         for step in range(1, 40):
             now[0] += 2.5
             if s.due(step):
                 found.append(step)
                 s.save(step, None, {})
-        # 30 seconds are 12 steps.
-        assert found == [12, 24, 36]
-
-    def test_a_save_by_steps_starts_the_minutes_anew(self, monkeypatch):
-        now = [0.0]
-        monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-        s = saves(Saver(), every=10, checkpoint_minutes=0.5, log_every=1)
-        found = []
-        for step in range(1, 24):
-            now[0] += 2.5
-            if s.due(step):
-                found.append(step)
-                s.save(step, None, {})
-        assert found == [10, 20]
+        assert found == want
 
     def test_not_by_minutes_unless_asked_for(self, monkeypatch):
         s = saves(Saver(), every=1000, log_every=1)

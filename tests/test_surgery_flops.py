@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from summed_loss import summed_loss
 
 from dfs_jax import compiled, flops
 from dfs_jax.models import create_model
@@ -30,17 +31,7 @@ def _step_flops(network, side: int = 32, batch: int = BATCH) -> float:
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
 
     def loss(params, batch_stats, images, labels):
-        outputs, updates = network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        chosen = [
-            jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
-            for logits in outputs.logits
-        ]
-        return -sum(map(jnp.mean, chosen)), updates
+        return summed_loss(params, batch_stats, network, images, labels)
 
     step = jax.value_and_grad(loss, has_aux=True)
     statistics = variables.get("batch_stats", {})

@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from sklearn import datasets
 
 from dfs_jax import config as configuration
-from dfs_jax import data
+from dfs_jax import data, sharding, train
 from dfs_jax.data import in_memory
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
@@ -107,6 +107,17 @@ def few_digits(tmp_path_factory):
             compilation_cache.reset_cache()  # JAX looks at its settings only once
             if values is kept:
                 yield
+
+
+def losses_of(run):
+    """Losses (S, N) of the N exits in each of the run's S steps, nothing else done."""
+    state, step = train.initial_state(run), train.make_train_step(run)
+    batches = run.data.train.batches(0, sharding.batch(run.mesh))
+    found = []
+    for _ in range(run.total_steps):
+        state, measured = step(state, next(batches))
+        found.append(jax.device_get(measured["losses"]))
+    return np.array(found)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import tiny_run
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
-from dfs_jax import experiment, presets, report, sharding, train
+from dfs_jax import experiment, presets, report, train
 
 pytestmark = pytest.mark.slow
 
@@ -29,14 +29,7 @@ def config(preset, *own, network=tiny_run.NETWORK):
 def test_the_deepest_exit_learns(preset):
     own = ["gradients.options.phase_steps=5"] if preset == "meta_gf" else []
     c = config(preset, "train.steps=150", *own, network=NETWORK)
-    run = experiment.prepare(c)
-    state, step = train.initial_state(run), train.make_train_step(run)
-    batches = run.data.train.batches(0, sharding.batch(run.mesh))
-    losses = []
-    for _ in range(c.train.steps):
-        state, measured = step(state, next(batches))
-        losses.append(jax.device_get(measured["losses"]))
-    losses = np.array(losses)
+    losses = tiny_run.losses_of(experiment.prepare(c))
     assert losses.shape == (150, 4)
     assert np.isfinite(losses).all()
     # Means over whole cycles of Meta-GF.
