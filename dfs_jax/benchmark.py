@@ -32,6 +32,7 @@ import jax
 import ml_collections
 
 from dfs_jax import (
+    allocator,
     benchmark_report,
     command,
     experiment,
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    allocator.keep_freed_memory()  # as training does
     if arguments.input_only:
         _check_out(arguments.out)
         _report_input(arguments, config)

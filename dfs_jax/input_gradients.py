@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from dfs_jax import tags
+from dfs_jax import compiler, tags
 from dfs_jax.surgery import Surgery
 
 _WARMUP = 2
@@ -126,7 +126,7 @@ def _seconds(
     """Median time of the input gradient of the layer `equation` alone, given random arrays."""
     layer = core.jaxpr_as_fun(equation.params["jaxpr"])
 
-    @jax.jit
+    @compiler.jit
     def gradient(g, x, *others):
         # What else the layer computes is not asked for, so that the compiler drops it.
         _, pullback = jax.vjp(lambda x: layer(x, *others)[0], x)

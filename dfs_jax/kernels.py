@@ -1,10 +1,10 @@
 """Formulations of convolution and max pooling that are fast on CPU.
 
-XLA's CPU backend runs the forward pass of a convolution near the machine's peak, but its kernel
-gradient, 1×1 and depthwise convolutions and the backward of a window reduction far below it.
-Each is written here in a way that it compiles well; `docs/performance.md` has the measurements.
-The results are the library's up to rounding. Kernel gradients by patches multiply with the zeros
-of the padding too, as the definition's full windows do and the library does not.
+With the options of `compiler.py`, XLA's CPU backend runs an ordinary convolution and its gradients
+near the machine's peak, but 1×1 and depthwise convolutions, the input gradient of a strided one
+and the backward of a window reduction far below it. Each is written here in a way that it
+compiles well; `docs/performance.md` has the measurements. The results are the library's up to
+rounding, and so is the number of products.
 
 Which formulation runs is decided by shape and, when the program is lowered, by platform: GPU
 and TPU keep the library's. Surgery (which channels get a gradient) is not decided here.
@@ -12,7 +12,6 @@ and TPU keep the library's. Surgery (which channels get a gradient) is not decid
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 Shape = tuple[int, ...]
 
@@ -66,17 +63,11 @@ def input_gradient(shape: Shape, kernel: jax.Array, g: jax.Array, geometry: Geom
 def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient for a kernel of `shape`, given that for y."""
     library, fast = _library(geometry), _fast(shape, geometry)
-
-    def default(x, g):
-        return library.kernel_gradient(x, shape, g)
-
-    if fast is not None and fast.kernel_gradient is not library.kernel_gradient:
-        cpu = lambda x, g: fast.kernel_gradient(x, shape, g)  # noqa: E731
-        return lax.platform_dependent(x, g, cpu=cpu, default=default)
-    if not _patches_pay(shape, g):
+    default = lambda x, g: library.kernel_gradient(x, shape, g)  # noqa: E731
+    if fast is None or fast.kernel_gradient is library.kernel_gradient:
         return default(x, g)
-    patches = lambda x, g: _gradient_by_patches(x, shape, g, geometry)  # noqa: E731
-    return lax.cond(_alone_on_cpu.bind(), patches, default, x, g)
+    cpu = lambda x, g: fast.kernel_gradient(x, shape, g)  # noqa: E731
+    return lax.platform_dependent(x, g, cpu=cpu, default=default)
 
 
 def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
@@ -131,7 +122,9 @@ def _pointwise(geometry: Geometry) -> Formulation:
         return _spaced(dx, shape, geometry.strides)
 
     def kernel_gradient(x, shape, g):
-        return lax.dot_general(seen(x), g, (((0, 1, 2),) * 2, ((), ()))).reshape(shape)
+        # Of matrices: over several axes the compiler would transpose an operand first.
+        x, g = (a.reshape(-1, a.shape[-1]) for a in (seen(x), g))
+        return lax.dot_general(x, g, (((0,), (0,)), ((), ()))).reshape(shape)
 
     return Formulation(forward, input_gradient, kernel_gradient)
 
@@ -225,72 +218,6 @@ def _windows(x: jax.Array, kernel: Shape, geometry: Geometry):
     for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
         below, right = height - (kernel[0] - 1 - i), width - (kernel[1] - 1 - j)
         yield (i, j), x[:, i:below:rows, j:right:columns]
-
-
-# The kernel gradient as a matrix product of patches and g. All patches at once are h·w times
-# the feature and have to come from memory again; a few images' stay in the cache.
-
-_CACHED = 1_250_000  # elements of the patches of one part, 5 MB in float32
-_SMALLEST_MAP = 64  # elements; below, the library is as fast
-# Patches hold the zeros of the padding too, and the library leaves their products out. A large
-# batch is faster all the same; of a small one the library's fewer multiply-adds are kept.
-_SMALLEST_BATCH = 32
-_WIDE = 64  # channels from which the compiler copies a transposed operand badly
-
-
-def _patches_pay(kernel: Shape, g: jax.Array) -> bool:
-    wide = g.dtype in (jnp.float32, jnp.float64)  # parts are summed up in this type
-    large = g.shape[0] >= _SMALLEST_BATCH and math.prod(g.shape[1:3]) >= _SMALLEST_MAP
-    return wide and large and kernel[0] * kernel[1] > 1
-
-
-def _gradient_by_patches(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
-    inputs, outputs = math.prod(shape[:3]), shape[3]
-
-    def part(x, g):
-        taps = [tap for _, tap in _windows(x, shape, geometry)]
-        patches = jnp.concatenate(taps, axis=-1).reshape(-1, inputs)
-        return _transposed(g.reshape(-1, outputs)) @ patches
-
-    batch, per_image = g.shape[0], inputs * math.prod(g.shape[1:3])
-    fitting = max(1, _CACHED // per_image)
-    images = max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
-
-    def add(total, arrays):
-        return total + part(*arrays), None
-
-    parts = [a.reshape(batch // images, images, *a.shape[1:]) for a in (x, g)]
-    total, _ = lax.scan(add, jnp.zeros((outputs, inputs), g.dtype), parts)
-    return total.T.reshape(shape)
-
-
-def _transposed(x: jax.Array) -> jax.Array:
-    """x (N, C) as (C, N), in two steps that stay within the cache.
-
-    The compiler's own copy strides through all of x and takes longer than the product with it.
-    """
-    count, channels = x.shape
-    rows = math.gcd(count, 64)
-    if channels < _WIDE or rows < 8:
-        return x.T
-    blocks = x.reshape(count // rows, rows, channels).transpose(0, 2, 1)
-    return lax.optimization_barrier(blocks).transpose(1, 0, 2).reshape(channels, count)
-
-
-# True in a program that is lowered for one CPU device. Parts of a batch that is spread over
-# devices would be gathered, so there the library's kernel gradient stays.
-_alone_on_cpu = Primitive("alone_on_cpu")
-_alone_on_cpu.def_abstract_eval(lambda: jax.core.ShapedArray((), jnp.dtype(bool)))
-_alone_on_cpu.def_impl(lambda: jax.jit(_alone_on_cpu.bind)())
-
-
-def _lower_on_cpu(ctx):
-    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-    return [mlir.ir_constant(np.bool_(devices == 1))]
-
-
-mlir.register_lowering(_alone_on_cpu, _lower_on_cpu, platform="cpu")
-mlir.register_lowering(_alone_on_cpu, lambda ctx: [mlir.ir_constant(np.bool_(False))])
 
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:

@@ -19,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
     def run(arguments, config):
-        from dfs_jax import sharding, train
+        from dfs_jax import allocator, sharding, train
 
+        allocator.keep_freed_memory()
         sharding.start_processes(
             arguments.coordinator, arguments.num_processes, arguments.process_id
         )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfs_jax import evaluate, metrics, report, sharding, step_cost, train
+from dfs_jax import compiler, evaluate, metrics, report, sharding, step_cost, train
 from dfs_jax.experiment import Run
 from dfs_jax.gradients import Problem
 from dfs_jax.gradients.per_exit import exit_gradients
@@ -126,7 +126,7 @@ def _per_exit(run: Run, state: Any, batch: Any, repeats: int):
     flops, calls = {}, {}
     for name, function in exit_gradient_functions(run).items():
         arguments = (state.params, state.batch_stats, batch)
-        compiled, cost = step_cost.compiled_cost(jax.jit(function), *arguments)
+        compiled, cost = step_cost.compiled_cost(compiler.jit(function), *arguments)
         flops[name], calls[name] = cost.flops, _waiting(compiled, *arguments)
     times = step_cost.time_pairs({"": calls}, "summed", repeats)[""]
     return flops, {name: samples.median for name, samples in times.items()}

@@ -25,9 +25,8 @@ import ml_collections
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from dfs_jax import compiler, experiment, flops, input_gradients, sharding, train
 from dfs_jax import config as configuration
-from dfs_jax import experiment, flops, input_gradients, sharding, train
-from dfs_jax.compiled import flops as count_flops
 from dfs_jax.config import ConfigError
 from dfs_jax.data import Data
 from dfs_jax.data.pipeline import Batch, Spec, place
@@ -241,8 +240,8 @@ def programs(run: Run, calls: int) -> dict[str, Program]:
     method_state = jax.tree.map(jnp.copy, state.method_state)
     step = train.make_train_step(run)
     prepared = {
-        "forward": (jax.jit(forward), (), (weights, batch)),
-        "forward_backward": (jax.jit(forward_backward), method_state, (weights, batch)),
+        "forward": (compiler.jit(forward), (), (weights, batch)),
+        "forward_backward": (compiler.jit(forward_backward), method_state, (weights, batch)),
         "step": (step, state, (batch,)),
     }
     result = {}
@@ -267,7 +266,7 @@ def compiled_cost(function: Any, *arguments: Any) -> tuple[Callable, Cost]:
     cost = Cost(
         trace_seconds=traced - began,
         compile_seconds=done - traced,
-        flops=count_flops(compiled),
+        flops=compiler.flops(compiled),
         bytes_accessed=float(counts.get("bytes accessed", 0.0)),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

@@ -23,7 +23,17 @@ import numpy as np
 import optax
 from etils import epath
 
-from dfs_jax import checkpoint, evaluate, experiment, flops, freeze, metrics, report, sharding
+from dfs_jax import (
+    checkpoint,
+    compiler,
+    evaluate,
+    experiment,
+    flops,
+    freeze,
+    metrics,
+    report,
+    sharding,
+)
 from dfs_jax import workdir as workdirs
 from dfs_jax.config import ConfigError
 from dfs_jax.experiment import Run
@@ -178,7 +188,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
         return state, measured
 
     placement = (state_placement(run), sharding.replicated(run.mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=placement)
+    return compiler.jit(step, donate_argnums=0, out_shardings=placement)
 
 
 def make_conflict_probe(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]], Any]:
@@ -196,7 +206,7 @@ def make_conflict_probe(run: Run) -> Callable[[TrainState, Mapping[str, jax.Arra
         problem, _ = _problem(run, state, batch, rng)
         return conflict.scalars(conflict.measure(problem, state.params))
 
-    return jax.jit(probe, out_shardings=sharding.replicated(run.mesh))
+    return compiler.jit(probe, out_shardings=sharding.replicated(run.mesh))
 
 
 def _step_rng(run: Run, state: TrainState) -> jax.Array:

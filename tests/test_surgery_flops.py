@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from summed_loss import summed_loss
 
-from dfs_jax import compiled, flops
+from dfs_jax import compiler, flops
 from dfs_jax.models import create_model
 from dfs_jax.surgery import Surgery
 
@@ -17,7 +17,7 @@ BATCH = 8
 
 def _compiled_flops(function, *arguments) -> float:
     """FLOPs of `function` as XLA counts them in the compiled program."""
-    return compiled.flops(jax.jit(function).lower(*arguments).compile())
+    return compiler.flops(jax.jit(function).lower(*arguments).compile())
 
 
 def _vgg7(**kwargs):

@@ -136,20 +136,59 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         if train:
-            axes = tuple(range(x.ndim - 1))
-            wide = x.astype(stats_dtype)
-            mean = jnp.mean(wide, axes)
-            var = jnp.mean(jnp.square(wide - mean), axes)
             if not self.is_initializing():
+                mean, var = _moments(lax.stop_gradient(x), stats_dtype)
                 n = math.prod(x.shape[:-1])
                 keep, new = self.momentum, 1 - self.momentum
                 running_mean.value = keep * running_mean.value + new * mean
                 running_var.value = keep * running_var.value + new * var * (n / max(n - 1, 1))
+            y = _normalised(self.epsilon)(x, scale, bias)
         else:
-            mean, var = running_mean.value, running_var.value
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        y = (x.astype(stats_dtype) - mean) * factor + bias
+            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
+            y = (x.astype(stats_dtype) - running_mean.value) * factor + bias
         return y.astype(self.dtype)
+
+
+def _moments(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance (C,) of x (..., C), in `dtype`."""
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(dtype)
+    mean = jnp.mean(wide, axes)
+    return mean, jnp.mean(jnp.square(wide - mean), axes)
+
+
+@functools.cache
+def _normalised(epsilon: float):
+    """Batch normalisation (x (..., C), scale (C,), bias (C,)) -> y (..., C), in x's type.
+
+    Its gradient is written out: it reads x and y's gradient twice, and keeps x alone, where the
+    derived one keeps and reads several arrays of that size.
+    """
+
+    def centred(x, mean):
+        return x.astype(mean.dtype) - mean
+
+    @jax.custom_vjp
+    def normalise(x, scale, bias):
+        return forward(x, scale, bias)[0]
+
+    def forward(x, scale, bias):
+        mean, var = _moments(x, scale.dtype)
+        inverse = lax.rsqrt(var + epsilon)
+        y = centred(x, mean) * (scale * inverse) + bias
+        return y.astype(x.dtype), (x, mean, inverse, scale)
+
+    def backward(kept, g):
+        x, mean, inverse, scale = kept
+        axes, n = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
+        g, centre = g.astype(mean.dtype), centred(x, mean)
+        d_bias = jnp.sum(g, axes)
+        along = jnp.sum(g * centre, axes)
+        dx = scale * inverse * (g - d_bias / n - centre * (inverse**2 * along / n))
+        return dx.astype(x.dtype), inverse * along, d_bias
+
+    normalise.defvjp(forward, backward)
+    return normalise
 
 
 class ConvBNReLU(nn.Module):
