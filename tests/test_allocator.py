@@ -18,14 +18,15 @@ from dfs_jax import allocator
 
 if sys.argv[1] == "keep":
     assert allocator.keep_freed_memory()
-step = jax.jit(lambda x: jnp.sum(jnp.tanh(x @ x) @ x))  # keeps two products as scratch memory
-x = jnp.ones((2000, 2000))
-for _ in range(5):
+scratch = jax.lax.optimization_barrier
+step = jax.jit(lambda x: jnp.sum(scratch(x + 1).T + x))
+x = jnp.ones((4000, 4000))
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    step(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[5])  # the heap may still grow in some
 """
 
 
@@ -38,7 +39,7 @@ def _faults(how: str) -> float:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
 def test_steps_take_no_new_memory():
-    pages = 2 * 2000 * 2000 * 4 / 4096
+    pages = 4000 * 4000 * 4 / 4096
     assert _faults("keep") < pages / 20
     assert _faults("leave") > pages / 2  # otherwise there is nothing to keep
 
