@@ -18,9 +18,21 @@ import jax
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
-def jit(function: Callable, **choices: Any) -> Callable:
-    """`jax.jit(function, **choices)`, compiled with the options that suit the default backend."""
-    return jax.jit(function, compiler_options=options(), **choices)
+class jit:
+    """`jax.jit(function, **choices)`, compiled with the options that suit the default backend.
+
+    Options belong to a whole program: within another function that is traced, this is `jax.jit`
+    without them.
+    """
+
+    def __init__(self, function: Callable, **choices: Any):
+        self._inner = jax.jit(function, **choices)
+        self._outermost = jax.jit(function, compiler_options=options(), **choices)
+        self.lower, self.trace = self._outermost.lower, self._outermost.trace
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        return (self._inner if traced else self._outermost)(*args, **kwargs)
 
 
 @functools.cache

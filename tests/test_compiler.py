@@ -32,6 +32,12 @@ def test_convolutions_on_cpu_run_on_all_cores():
     assert "__ynn_fusion" not in text
 
 
+def test_within_another_program_it_has_no_options_of_its_own():
+    doubled = compiler.jit(lambda x: 2 * x)
+    assert float(jax.jit(jax.grad(lambda x: doubled(x) ** 2))(3.0)) == 24
+    assert "mul" in str(jax.make_jaxpr(doubled)(3.0))
+
+
 def test_a_compiler_that_knows_no_such_option_gets_none(monkeypatch):
     monkeypatch.setattr(compiler, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
     compiler.options.cache_clear()

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfs_jax import compiler
 from dfs_jax.early_exit import confidence as scores
 from dfs_jax.early_exit.budget import Thresholds
 from dfs_jax.early_exit.stages import Stage
@@ -396,7 +395,7 @@ class Router:
         weights = jax.tree.map(jax.typeof, self._weights[i])
         if i == 0:
             step = functools.partial(self._advance, 0)
-            return compiler.jit(lambda weights, images: step(weights, (images,))).lower(
+            return jax.jit(lambda weights, images: step(weights, (images,))).lower(
                 weights, *self._carry(0, size)
             )
 
@@ -404,7 +403,7 @@ class Router:
             return self._advance(i, weights, tuple(leaf[slots] for leaf in pool))
 
         slots = jax.ShapeDtypeStruct((size,), jnp.int32)
-        return compiler.jit(gathered).lower(weights, self._carry(i, self._capacity), slots)
+        return jax.jit(gathered).lower(weights, self._carry(i, self._capacity), slots)
 
     def _put_program(self, i: int, size: int) -> Any:
         def put(pool, carry, slots):
@@ -412,7 +411,7 @@ class Router:
 
         slots = jax.ShapeDtypeStruct((size,), jnp.int32)
         pool, carry = self._carry(i + 1, self._capacity), self._carry(i + 1, size)
-        return compiler.jit(put, donate_argnums=0).lower(pool, carry, slots)
+        return jax.jit(put, donate_argnums=0).lower(pool, carry, slots)
 
     def _check(
         self, images: np.ndarray, thresholds: Thresholds, confidences: np.ndarray | None

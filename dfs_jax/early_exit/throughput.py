@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dfs_jax import compiler
 from dfs_jax.early_exit import router, stages
 from dfs_jax.early_exit.budget import ALWAYS, Thresholds
 from dfs_jax.early_exit.router import Router
@@ -105,10 +104,10 @@ class _Alone:
         self.heads: list[Callable[[], Any]] = []
         carry = (jax.device_put(images),)
         weights = [stage.weights for stage in parts]
-        everything = compiler.jit(functools.partial(_last_logits, parts))
+        everything = jax.jit(functools.partial(_last_logits, parts))
         self.full = functools.partial(everything, weights, carry)
         for stage in parts:
-            segment, head = compiler.jit(stage.segment.call), compiler.jit(stage.head.call)
+            segment, head = jax.jit(stage.segment.call), jax.jit(stage.head.call)
             results = segment(stage.segment.weights, carry)
             exit_input = results[stage.carried :]
             self.segments.append(functools.partial(segment, stage.segment.weights, carry))
