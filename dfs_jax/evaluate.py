@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfs_jax import command, compiler, metrics
+from dfs_jax import command, metrics
 from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import EvalSource
 from dfs_jax.early_exit import budget, calibration, confidence, risk
@@ -53,7 +53,7 @@ def counter(
         outputs = network.apply(variables, batch["image"], train=False)
         return metrics.count_batch(outputs.logits, batch["label"], batch["mask"])
 
-    return compiler.jit(count, out_shardings=everywhere)
+    return jax.jit(count, out_shardings=everywhere)
 
 
 def evaluate(
@@ -105,7 +105,7 @@ def answerer(
         examples = (batch["label"], stacked, jnp.stack(confidences), classes)
         return counts, batch["mask"], examples
 
-    return compiler.jit(answer, out_shardings=everywhere)
+    return jax.jit(answer, out_shardings=everywhere)
 
 
 def answers(

@@ -188,7 +188,8 @@ def make_train_step(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]],
         return state, measured
 
     placement = (state_placement(run), sharding.replicated(run.mesh))
-    return compiler.jit(step, donate_argnums=0, out_shardings=placement)
+    side = run.data.spec.image_shape[0]
+    return compiler.jit(step, side, donate_argnums=0, out_shardings=placement)
 
 
 def make_conflict_probe(run: Run) -> Callable[[TrainState, Mapping[str, jax.Array]], Any]:
@@ -206,7 +207,8 @@ def make_conflict_probe(run: Run) -> Callable[[TrainState, Mapping[str, jax.Arra
         problem, _ = _problem(run, state, batch, rng)
         return conflict.scalars(conflict.measure(problem, state.params))
 
-    return compiler.jit(probe, out_shardings=sharding.replicated(run.mesh))
+    side = run.data.spec.image_shape[0]
+    return compiler.jit(probe, side, out_shardings=sharding.replicated(run.mesh))
 
 
 def _step_rng(run: Run, state: TrainState) -> jax.Array:

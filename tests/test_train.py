@@ -284,10 +284,9 @@ def assert_devices_agree(network):
     )
     for part in ("params", "batch_stats"):
         a, b, start = (jax.tree.leaves(getattr(state, part)) for state in (one, many, fresh))
-        # In float64 they differ by 2e-16. In float32 a larger rate amplifies rounding, and a ReLU
-        # whose input is that close to 0 may go either way.
-        assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= 1e-5
-        # Every array has moved by more than that.
+        # In float64 they differ by 2e-16; a larger rate amplifies the rounding of float32.
+        assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= 1e-6
+        # Every array has moved by far more than that.
         assert min(np.abs(x - y).max() for x, y in zip(a, start, strict=True)) > 1e-5
     np.testing.assert_array_equal(last["correct"], last_of_many["correct"])
     np.testing.assert_allclose(last["losses"], last_of_many["losses"], atol=1e-5)
