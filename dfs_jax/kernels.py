@@ -45,29 +45,66 @@ class Formulation(NamedTuple):
 def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """x * kernel, in the formulation that suits the platform."""
     library, fast = _library(geometry), _fast(kernel.shape, geometry)
-    if fast is None or fast.forward is library.forward:
-        return library.forward(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=fast.forward, default=library.forward)
+    forward = _on_platform(fast and fast.forward, library.forward)
+    return _bilinear(
+        forward,
+        lambda x, kernel, dy: input_gradient(x.shape, kernel, dy, geometry),
+        lambda x, kernel, dy: kernel_gradient(x, kernel.shape, dy, geometry),
+    )(x, kernel)
 
 
 def input_gradient(shape: Shape, kernel: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient for an x of `shape`, given that for y."""
     library, fast = _library(geometry), _fast(kernel.shape, geometry)
     default = functools.partial(library.input_gradient, shape)
-    if fast is None:
-        return default(kernel, g)
-    cpu = functools.partial(fast.input_gradient, shape)
-    return lax.platform_dependent(kernel, g, cpu=cpu, default=default)
+    product = _on_platform(fast and functools.partial(fast.input_gradient, shape), default)
+    return _bilinear(
+        product,
+        lambda kernel, g, dx: kernel_gradient(dx, kernel.shape, g, geometry),
+        lambda kernel, g, dx: convolution(dx, kernel, geometry),
+    )(kernel, g)
 
 
 def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient for a kernel of `shape`, given that for y."""
     library, fast = _library(geometry), _fast(shape, geometry)
-    default = lambda x, g: library.kernel_gradient(x, shape, g)  # noqa: E731
-    if fast is None or fast.kernel_gradient is library.kernel_gradient:
-        return default(x, g)
-    cpu = lambda x, g: fast.kernel_gradient(x, shape, g)  # noqa: E731
-    return lax.platform_dependent(x, g, cpu=cpu, default=default)
+    product = _on_platform(
+        fast and (lambda x, g: fast.kernel_gradient(x, shape, g)),
+        lambda x, g: library.kernel_gradient(x, shape, g),
+    )
+    return _bilinear(
+        product,
+        lambda x, g, d_kernel: input_gradient(x.shape, d_kernel, g, geometry),
+        lambda x, g, d_kernel: convolution(x, d_kernel, geometry),
+    )(x, g)
+
+
+def _on_platform(cpu: Callable | None, default: Callable) -> Callable:
+    """`cpu` where that runs, if there is one, and `default` elsewhere."""
+    if cpu is None:
+        return default
+    return lambda a, b: lax.platform_dependent(a, b, cpu=cpu, default=default)
+
+
+def _bilinear(product: Callable, to_left: Callable, to_right: Callable) -> Callable:
+    """`product(a, b)` with gradients to_left(a, b, d) and to_right(a, b, d), d being its own.
+
+    A convolution and its two gradients are each other's gradients, so that gradients of any order
+    are made of the formulations of this module.
+    """
+
+    @jax.custom_vjp
+    def operation(a, b):
+        return product(a, b)
+
+    def forward(a, b):
+        return operation(a, b), (a, b)
+
+    def backward(operands, d):
+        return to_left(*operands, d), to_right(*operands, d)
+
+    operation.defvjp(forward, backward)
+    return operation
 
 
 def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
@@ -76,9 +113,7 @@ def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
         return _taps(geometry)
     if kernel[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
         return _pointwise(geometry)
-    if max(geometry.strides) > 1:
-        return _strided(geometry)
-    return None
+    return _forward_like(geometry)
 
 
 @functools.cache
@@ -141,11 +176,14 @@ def _spaced(x: jax.Array, shape: Shape, strides: tuple[int, int]) -> jax.Array:
 
 
 @functools.cache
-def _strided(geometry: Geometry) -> Formulation:
-    """The input gradient of a strided convolution is one convolution per phase of the stride.
+def _forward_like(geometry: Geometry) -> Formulation:
+    """Both gradients as ordinary forward convolutions, on operands that are laid out for it.
 
-    Rows u = a + s m of the input meet the kernel's rows i = u + p mod s alone, so that phase a
-    of the gradient is g convolved with those; the library convolves g spread among zeros.
+    XLA brings other layouts into this form at a program's top level only: in a loop (gradient
+    accumulation) or a branch it computes them by itself, an order slower. And the input gradient
+    of a strided convolution is one convolution per phase of the stride: rows u = a + s m of the
+    input meet the kernel's rows i = u + p mod s alone, so that phase a of the gradient is g
+    convolved with those; the library convolves g spread among zeros.
     """
     library = _library(geometry)
 
@@ -170,12 +208,35 @@ def _strided(geometry: Geometry) -> Formulation:
                 continue
             one = _library(Geometry((1, 1), (up_down, sideways), False))
             phases.append(one.forward(g, part))
+        if len(phases) == 1:
+            return phases[0]
         stacked = jnp.stack(phases).reshape(rows, columns, *phases[0].shape)
         dx = stacked.transpose(2, 3, 0, 4, 1, 5)
         dx = dx.reshape(batch, dx.shape[1] * rows, dx.shape[3] * columns, channels)
         return dx[:, :height, :width]
 
-    return library._replace(input_gradient=input_gradient)
+    def kernel_gradient(x, shape, g):
+        sizes = zip(
+            x.shape[1:3], shape[:2], g.shape[1:3], geometry.strides, geometry.padding, strict=True
+        )
+        # The last rows and columns may meet no kernel: `after` is negative then.
+        pads = [
+            (before, (outputs - 1) * step + window - size - before)
+            for size, window, outputs, step, (before, _) in sizes
+        ]
+        x = x[:, : x.shape[1] + min(0, pads[0][1]), : x.shape[2] + min(0, pads[1][1])]
+        # Images are the channels here, channels the images, and g the kernel.
+        taps = lax.conv_general_dilated(
+            x.transpose(3, 1, 2, 0),
+            g.transpose(1, 2, 0, 3),
+            (1, 1),
+            [(before, max(0, after)) for before, after in pads],
+            rhs_dilation=geometry.strides,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return taps.transpose(1, 2, 0, 3)
+
+    return library._replace(input_gradient=input_gradient, kernel_gradient=kernel_gradient)
 
 
 def _phase(a: int, window: int, size: int, outputs: int, step: int, before: int):
