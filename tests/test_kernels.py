@@ -1,6 +1,7 @@
 """The fast formulations against the library's, and where each of them runs."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,28 @@ def test_cpu_runs_the_fast_formulation(case):
     text = function.lower(_abstract(IMAGES), _abstract(kernel)).compile().as_text()
     assert "conditional(" not in text
     assert text.count(" convolution(") == CONVOLUTIONS[case]
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_loop_has_forward_convolutions_alone(strides):
+    """In a loop XLA's CPU backend computes those of any other layout by itself, and slowly."""
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(conv(x, kernel, strides=strides, padding=1)))
+
+    def curvature(kernel, x):
+        return jax.grad(lambda kernel: jnp.sum(jax.grad(loss, 1)(kernel, x) ** 2))(kernel)
+
+    def both(total, x):
+        return total + jax.grad(loss)(total, x) + curvature(total, x), None
+
+    function = jax.jit(lambda kernel, batches: jax.lax.scan(both, kernel, batches)[0])
+    kernel, batches = _abstract((3, 3, 16, 16)), _abstract((3, 8, 16, 16, 16))
+    text = function.lower(kernel, batches).compile().as_text()
+    layouts = re.findall(r" convolution\(.*dim_labels=([\w>-]+)", text)
+    assert " while(" in text
+    assert len(layouts) > 3
+    assert set(layouts) == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize("case", CASES)
