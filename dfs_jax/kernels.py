@@ -1,10 +1,10 @@
 """Formulations of convolution and max pooling that are fast on CPU.
 
-With the options of `compiler.py`, XLA's CPU backend runs an ordinary convolution and its gradients
-near the machine's peak, but 1×1 and depthwise convolutions, the input gradient of a strided one
-and the backward of a window reduction far below it. Each is written here in a way that it
-compiles well; `docs/performance.md` has the measurements. The results are the library's up to
-rounding, and so is the number of products.
+With the options of `compiler.py`, XLA's CPU backend runs an ordinary forward convolution near the
+machine's peak, but 1×1 and depthwise convolutions, the input gradient of a strided one, the
+backward of a window reduction and, in a loop, both gradients far below it. Each is written here in
+a way that it compiles well; `docs/performance.md` has the measurements. The results are the
+library's up to rounding, and so is the number of products.
 
 Which formulation runs is decided by shape and, when the program is lowered, by platform: GPU
 and TPU keep the library's. Surgery (which channels get a gradient) is not decided here.
@@ -180,63 +180,68 @@ def _forward_like(geometry: Geometry) -> Formulation:
     """Both gradients as ordinary forward convolutions, on operands that are laid out for it.
 
     XLA brings other layouts into this form at a program's top level only: in a loop (gradient
-    accumulation) or a branch it computes them by itself, an order slower. And the input gradient
-    of a strided convolution is one convolution per phase of the stride: rows u = a + s m of the
-    input meet the kernel's rows i = u + p mod s alone, so that phase a of the gradient is g
-    convolved with those; the library convolves g spread among zeros.
+    accumulation) or a branch it computes them by itself, an order slower.
     """
-    library = _library(geometry)
+    return _library(geometry)._replace(
+        input_gradient=functools.partial(_input_gradient_by_phases, geometry),
+        kernel_gradient=functools.partial(_kernel_gradient_across_images, geometry),
+    )
 
-    def input_gradient(shape, kernel, g):
-        kernel = kernel.swapaxes(2, 3)
-        across = [
-            [
-                _phase(a, kernel.shape[axis], shape[axis + 1], g.shape[axis + 1], step, before)
-                for a in range(step)
-            ]
-            for axis, (step, (before, _)) in enumerate(
-                zip(geometry.strides, geometry.padding, strict=True)
-            )
+
+def _input_gradient_by_phases(geometry: Geometry, shape: Shape, kernel, g):
+    """One convolution per phase of the stride.
+
+    Rows u = a + s m of the input meet the kernel's rows i = u + p mod s alone, so that phase a of
+    the gradient is g convolved with those; the library convolves g spread among zeros.
+    """
+    kernel = kernel.swapaxes(2, 3)
+    across = [
+        [
+            _phase(a, kernel.shape[axis], shape[axis + 1], g.shape[axis + 1], step, before)
+            for a in range(step)
         ]
-        (rows, columns), (batch, height, width, channels) = geometry.strides, shape
-        phases = []
-        for (first, _, up_down), (left, _, sideways) in itertools.product(*across):
-            part = kernel[first::rows, left::columns][::-1, ::-1]
-            if 0 in part.shape:
-                grid = (batch, -(-height // rows), -(-width // columns), channels)
-                phases.append(jnp.zeros(grid, g.dtype))
-                continue
-            one = _library(Geometry((1, 1), (up_down, sideways), False))
-            phases.append(one.forward(g, part))
-        if len(phases) == 1:
-            return phases[0]
-        stacked = jnp.stack(phases).reshape(rows, columns, *phases[0].shape)
-        dx = stacked.transpose(2, 3, 0, 4, 1, 5)
-        dx = dx.reshape(batch, dx.shape[1] * rows, dx.shape[3] * columns, channels)
-        return dx[:, :height, :width]
-
-    def kernel_gradient(x, shape, g):
-        sizes = zip(
-            x.shape[1:3], shape[:2], g.shape[1:3], geometry.strides, geometry.padding, strict=True
+        for axis, (step, (before, _)) in enumerate(
+            zip(geometry.strides, geometry.padding, strict=True)
         )
-        # The last rows and columns may meet no kernel: `after` is negative then.
-        pads = [
-            (before, (outputs - 1) * step + window - size - before)
-            for size, window, outputs, step, (before, _) in sizes
-        ]
-        x = x[:, : x.shape[1] + min(0, pads[0][1]), : x.shape[2] + min(0, pads[1][1])]
-        # Images are the channels here, channels the images, and g the kernel.
-        taps = lax.conv_general_dilated(
-            x.transpose(3, 1, 2, 0),
-            g.transpose(1, 2, 0, 3),
-            (1, 1),
-            [(before, max(0, after)) for before, after in pads],
-            rhs_dilation=geometry.strides,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return taps.transpose(1, 2, 0, 3)
+    ]
+    (rows, columns), (batch, height, width, channels) = geometry.strides, shape
+    phases = []
+    for (first, _, up_down), (left, _, sideways) in itertools.product(*across):
+        part = kernel[first::rows, left::columns][::-1, ::-1]
+        if 0 in part.shape:
+            grid = (batch, -(-height // rows), -(-width // columns), channels)
+            phases.append(jnp.zeros(grid, g.dtype))
+            continue
+        one = _library(Geometry((1, 1), (up_down, sideways), False))
+        phases.append(one.forward(g, part))
+    if len(phases) == 1:
+        return phases[0]
+    stacked = jnp.stack(phases).reshape(rows, columns, *phases[0].shape)
+    dx = stacked.transpose(2, 3, 0, 4, 1, 5)
+    dx = dx.reshape(batch, dx.shape[1] * rows, dx.shape[3] * columns, channels)
+    return dx[:, :height, :width]
 
-    return library._replace(input_gradient=input_gradient, kernel_gradient=kernel_gradient)
+
+def _kernel_gradient_across_images(geometry: Geometry, x, shape: Shape, g):
+    """x convolved with g: its images are the channels here, its channels the images."""
+    sizes = zip(
+        x.shape[1:3], shape[:2], g.shape[1:3], geometry.strides, geometry.padding, strict=True
+    )
+    # The last rows and columns may meet no place of the kernel: `after` is negative then.
+    pads = [
+        (before, (outputs - 1) * step + window - size - before)
+        for size, window, outputs, step, (before, _) in sizes
+    ]
+    x = x[:, : x.shape[1] + min(0, pads[0][1]), : x.shape[2] + min(0, pads[1][1])]
+    taps = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        (1, 1),
+        [(before, max(0, after)) for before, after in pads],
+        rhs_dilation=geometry.strides,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return taps.transpose(1, 2, 0, 3)
 
 
 def _phase(a: int, window: int, size: int, outputs: int, step: int, before: int):
