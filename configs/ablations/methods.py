@@ -7,7 +7,9 @@ the published table's own setting, without the overrides (300 epochs a run: spre
 K/N).
 
 A cycle of Meta-GF is a phase for each exit and one to fuse them: N + 1 of its steps do the work of
-one, in the paper too. Here it has seven times 1,200 steps.
+one, in the paper too. Here it has seven times 1,200 steps. L2W-DEN (`wpn`) has the ε of its paper's
+ImageNet runs: with that of CIFAR-100, 0.8, it takes the deep exits' weights away before they have
+learnt anything (docs/results.md).
 """
 
 from dfs_jax import presets
@@ -15,6 +17,7 @@ from dfs_jax.ablate import Grid
 
 _OWN = {
     "meta_gf": ("gradients.options.phase_steps=10", "train.steps=8400", "train.eval_every=2100"),
+    "wpn": ("gradients.options.epsilon=0.3",),
 }
 
 
