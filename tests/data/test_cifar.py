@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import os
 import shutil
 import socket
@@ -20,7 +19,7 @@ from tensorflow_datasets.core.download import checksums
 
 from dfs_jax import config, data, main
 from dfs_jax.config import ConfigError
-from dfs_jax.data import augment, in_memory, pipeline, prepare
+from dfs_jax.data import augment, pipeline, prepare
 
 SIZES = {"train": 90, "test": 30}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -355,37 +354,3 @@ def test_training_through_the_command(conf, tmp_path, capsys):
     assert status == 0, shown.err
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("train/loss") == 3
     assert jax.device_count() == 8  # the batch was divided over all of them
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "at_least"),
-    [
-        ({"cutout": 16}, 60_000),
-        ({"cutout": 16, "autoaugment": "cifar10"}, 5_000),
-        ({"randaugment_layers": 2}, 5_000),
-        ({"mixup": 0.2, "cutmix": 1.0}, 40_000),
-    ],
-)
-def test_images_per_second(conf, fields, at_least):
-    """On two cores and with arrays resident; `pytest -o addopts= -m slow -s -k per_second`."""
-    conf.data.update(crop_padding=4, crop_fill=128, flip=True, **fields)
-    conf.train.batch_size = 500
-    conf.data.normalization = "cifar10"
-    images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
-    arrays = images, np.arange(50_000) % 100
-    names = [str(label) for label in range(100)]
-    test = images[:10], arrays[1][:10]
-    source = in_memory.create(
-        conf, name="made", train=arrays, validation=None, test=test, class_names=names
-    ).train
-    batches = source.batches(0)
-    jax.block_until_ready(next(batches))
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        jax.block_until_ready(list(itertools.islice(batches, 20)))
-        seconds.append(time.perf_counter() - started)
-    rate = 20 * conf.train.batch_size / min(seconds)
-    print(f"\ncrop, flip, {fields}: {rate:,.0f} images/s")
-    assert rate >= at_least
