@@ -1,4 +1,4 @@
-"""Where Deep Feature Surgery wins and where it loses: length, width and network varied one by one.
+"""Where Deep Feature Surgery wins and where it loses: length, beta, width and network varied.
 
     python -m dfs_jax.ablate --config configs/ablations/regions.py --workdir runs/regions
 
@@ -24,6 +24,8 @@ def get_grid() -> Grid:
             "objective.feature_weight=0.03",
         ],
         "width 8": ["model.options.widths=((8,8),(16,16),(32,32))"],
+        "2400 steps, beta 0.25": [_STEPS.format(2400), "surgery.beta=0.25"],
+        "2400 steps, beta 0.75": [_STEPS.format(2400), "surgery.beta=0.75"],
         "3600 steps": [_STEPS.format(3600)],
     }
     methods = {word: [f"preset={word}"] for word in ("joint", "dfs", "dfs_all")}
