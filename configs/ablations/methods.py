@@ -8,8 +8,7 @@ K/N).
 
 A cycle of Meta-GF is a phase for each exit and one to fuse them: N + 1 of its steps do the work of
 one, in the paper too. Here it has seven times 1,200 steps. L2W-DEN (`wpn`) has the ε of its paper's
-ImageNet runs: with that of CIFAR-100, 0.8, it takes the deep exits' weights away before they have
-learnt anything (docs/results.md).
+ImageNet runs: with that of CIFAR-100, 0.8, the deep exits stay far behind (docs/results.md).
 """
 
 from dfs_jax import presets
