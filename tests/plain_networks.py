@@ -45,6 +45,18 @@ def max_pool(x, window, strides, padding=0):
     return lax.reduce_window(x, -jnp.inf, lax.max, sizes, steps, edges)
 
 
+def normalised(epsilon):
+    """`layers._normalised` by its formula."""
+
+    def normalise(x, scale, bias):
+        wide = x.astype(scale.dtype)
+        axes = tuple(range(x.ndim - 1))
+        factor = scale * lax.rsqrt(jnp.var(wide, axes) + epsilon)
+        return ((wide - jnp.mean(wide, axes)) * factor + bias).astype(x.dtype)
+
+    return normalise
+
+
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks traced inside are the plain ones."""
@@ -53,4 +65,5 @@ def plain() -> Iterator[None]:
         stack.enter_context(mock.patch.object(surgery, "dense", dense))
         factory = lambda *choice: lambda x: max_pool(x, *choice)  # noqa: E731
         stack.enter_context(mock.patch.object(layers, "_max_pool", factory))
+        stack.enter_context(mock.patch.object(layers, "_normalised", normalised))
         yield
