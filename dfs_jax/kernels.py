@@ -158,11 +158,25 @@ def _pointwise(geometry: Geometry) -> Formulation:
         return _spaced(dx, shape, geometry.strides)
 
     def kernel_gradient(x, shape, g):
-        # Of matrices: over several axes the compiler would transpose an operand first.
-        x, g = (a.reshape(-1, a.shape[-1]) for a in (seen(x), g))
-        return lax.dot_general(x, g, (((0,), (0,)), ((), ()))).reshape(shape)
+        return _apart(_channel_products, seen(x), g).reshape(shape)
 
     return Formulation(forward, input_gradient, kernel_gradient)
+
+
+def _channel_products(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Sum over all pixels of x (B, H, W, C) times g (B, H, W, O): (C, O).
+
+    In pieces of a few thousand pixels, with the narrower operand first: a long product is slow when
+    few channels come out.
+    """
+    batch, height, width, _ = x.shape
+    images = max(
+        n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * height * width <= 4096)
+    )
+    x, g = (a.reshape(batch // images, -1, a.shape[-1]) for a in (x, g))
+    if x.shape[-1] < g.shape[-1]:
+        return jnp.sum(lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,)))), 0)
+    return jnp.sum(lax.dot_general(g, x, (((1,), (1,)), ((0,), (0,)))), 0).T
 
 
 def _spaced(x: jax.Array, shape: Shape, strides: tuple[int, int]) -> jax.Array:
@@ -235,8 +249,8 @@ def _kernel_gradient_across_images(geometry: Geometry, x, shape: Shape, g):
     ]
     x = x[:, : x.shape[1] + min(0, pads[0][1]), : x.shape[2] + min(0, pads[1][1])]
     taps = lax.conv_general_dilated(
-        _transposed(x, (3, 1, 2, 0)),
-        _transposed(g, (1, 2, 0, 3)),
+        _apart(_images_last, x),
+        _apart(_images_third, g),
         (1, 1),
         [(before, max(0, after)) for before, after in pads],
         rhs_dilation=geometry.strides,
@@ -245,15 +259,23 @@ def _kernel_gradient_across_images(geometry: Geometry, x, shape: Shape, g):
     return taps.transpose(1, 2, 0, 3)
 
 
-def _transposed(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """x.transpose(axes) by a loop of its own.
+def _images_last(x: jax.Array) -> jax.Array:
+    return x.transpose(3, 1, 2, 0)
 
-    Otherwise the compiler computes batch norm and ReLU, or their gradient, again within it, in an
-    order in which nothing stays in the cache: up to five times the time. It removes an optimization
-    barrier before it fuses, but not a call that it must not inline.
+
+def _images_third(g: jax.Array) -> jax.Array:
+    return g.transpose(1, 2, 0, 3)
+
+
+def _apart(function: Callable, *operands: jax.Array) -> jax.Array:
+    """`function(*operands)`, by loops of its own.
+
+    Otherwise the compiler computes batch norm and ReLU, or their gradient, again within a
+    transposition, in an order in which nothing stays in the cache: up to five times the time. It
+    removes an optimization barrier before it fuses, but not a call that it must not inline.
     """
     with xla_metadata.set_xla_metadata(inlineable="false"):
-        return jax.jit(jnp.transpose, static_argnums=1)(x, axes)
+        return jax.jit(function)(*operands)
 
 
 def _phase(a: int, window: int, size: int, outputs: int, step: int, before: int):

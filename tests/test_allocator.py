@@ -52,9 +52,11 @@ def test_accelerators_keep_their_allocator(platforms, keeps, monkeypatch):
     library = types.SimpleNamespace(mallopt=lambda *choice: told.append(choice) or 1)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
-    with jax_platforms(platforms):
+    with jax_platforms(platforms), monkeypatch.context() as within:
+        within.setattr(jax.config, "update", lambda *choice: told.append(choice))
         assert allocator.keep_freed_memory() is keeps
     assert bool(told) == keeps
+    assert (("jax_cpu_enable_async_dispatch", False) in told) == keeps
 
 
 @contextlib.contextmanager
