@@ -15,15 +15,19 @@ def get_grid() -> Grid:
     settings = {
         "base": [],
         "400 steps": [_STEPS.format(400)],
-        "msdnet, 400 steps": ["preset=msdnet", _STEPS.format(400)],
-        "resnet18 with distillation, 400 steps": [
+        "msdnet, 2400 steps": ["preset=msdnet", _STEPS.format(2400)],
+        "resnet18 with distillation, 2400 steps": [
             "preset=resnet18",
-            _STEPS.format(400),
+            _STEPS.format(2400),
             "model.options.adapters=True",
             "objective.logit_weight=0.3",
             "objective.feature_weight=0.03",
         ],
-        "width 8": ["model.options.widths=((8,8),(16,16),(32,32))"],
+        "width 8, 2400 steps": [
+            "model.options.widths=((8,8),(16,16),(32,32))",
+            _STEPS.format(2400),
+        ],
+        "width 32": ["model.options.widths=((32,32),(64,64),(128,128))"],
         "2400 steps, beta 0.25": [_STEPS.format(2400), "surgery.beta=0.25"],
         "2400 steps, beta 0.75": [_STEPS.format(2400), "surgery.beta=0.75"],
         "3600 steps": [_STEPS.format(3600)],
