@@ -183,6 +183,18 @@ def test_cpu_runs_the_fast_formulation(case):
     assert text.count(" convolution(") == CONVOLUTIONS[case]
 
 
+def test_a_kernel_gradient_does_not_compute_its_operands_again():
+    """Within its transpositions the compiler would, in an order that no cache likes."""
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(conv(jax.nn.relu(2 * x + 1), kernel, padding=1)))
+
+    function = jax.jit(jax.grad(loss))
+    arguments = _abstract((3, 3, 16, 16)), _abstract(IMAGES)
+    text = function.lower(*arguments).compile(compiler_options=compiler.options()).as_text()
+    assert text.count(" maximum(") == 1
+
+
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_loop_has_forward_convolutions_alone(strides):
     """In a loop XLA's CPU backend computes those of any other layout by itself, and slowly."""
