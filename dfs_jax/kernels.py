@@ -23,6 +23,8 @@ from jax.experimental import xla_metadata
 
 Shape = tuple[int, ...]
 
+_PIECE = 4096  # pixels of one product in a 1×1 convolution's kernel gradient
+
 
 class Geometry(NamedTuple):
     """What a convolution is, besides its operands."""
@@ -166,13 +168,15 @@ def _pointwise(geometry: Geometry) -> Formulation:
 def _channel_products(x: jax.Array, g: jax.Array) -> jax.Array:
     """Sum over all pixels of x (B, H, W, C) times g (B, H, W, O): (C, O).
 
-    In pieces of at most a few thousand pixels, with the narrower operand first: a long product is
-    slow when few channels come out. In eight at least, so that up to eight devices, which hold
-    some of the images each, hold whole pieces and exchange their sum alone.
+    In pieces of a few thousand pixels, with the narrower operand first: a long product is slow when
+    few channels come out. In one piece or in eight at least, so that up to eight devices, which
+    hold some of the images each, hold whole pieces and exchange their sum alone.
     """
     batch, height, width, _ = x.shape
-    most = max(1, min(4096 // (height * width), batch // 8))
-    images = max(n for n in range(1, most + 1) if batch % n == 0)
+    images = batch
+    if batch * height * width > _PIECE:
+        most = max(1, min(_PIECE // (height * width), batch // 8))
+        images = max(n for n in range(1, most + 1) if batch % n == 0)
     x, g = (a.reshape(batch // images, -1, a.shape[-1]) for a in (x, g))
     if x.shape[-1] < g.shape[-1]:
         return jnp.sum(lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,)))), 0)
