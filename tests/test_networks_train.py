@@ -14,7 +14,7 @@ NETWORKS = {
     "resnet18_cifar100": (32, 80, 0.1, {"width": 32}),
     "resnet34_cifar100": (32, 80, 0.1, {"width": 16}),
     "resnet50_cifar100": (32, 150, 0.05, {"width": 16}),
-    "resnet101_cifar100": (32, 150, 0.1, {"width": 8}),
+    "resnet101_cifar100": (32, 150, 0.02, {"width": 8}),
     "vgg7_cifar100": (32, 60, 0.1, {}),
     "vgg16_imagenet": (32, 90, 0.02, {}),
     "vit_tiny_patch16": (32, 120, 1e-3, {}),
