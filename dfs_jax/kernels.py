@@ -146,7 +146,11 @@ def _library(geometry: Geometry) -> Formulation:
 
 @functools.cache
 def _pointwise(geometry: Geometry) -> Formulation:
-    """The library's without strides, which is a matrix product when compiled, and own gradients."""
+    """A 1×1 convolution is a matrix product over the channels, on every stride-th pixel.
+
+    The compiler makes one of the library's convolution. Of `dot_general` as well, but then it
+    computes the operand a second time, in the shape of a matrix.
+    """
     rows, columns = geometry.strides
     dense = _library(geometry._replace(strides=(1, 1)))
 

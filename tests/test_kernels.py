@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_networks import conv as plain_conv
 from plain_networks import max_pool as plain_max_pool
@@ -65,6 +65,30 @@ def test_convolution_is_the_library_s(
         assert_equal_with_gradients(
             lambda x, k: conv(Partitioned(x, live), k, **choice),
             lambda x, k: plain_conv(Partitioned(x, live), k, **choice),
+            *(x, kernel),
+        )
+
+
+@PROPERTY
+@given(
+    batch=st.sampled_from([1, 2, 7, 12, 16, 40]),
+    size=st.sampled_from([12, 16, 33, 70]),
+    channels=st.integers(1, 3),
+    outputs=st.integers(1, 3),
+    strides=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+@example(batch=40, size=16, channels=3, outputs=2, strides=1, seed=0)  # ten pieces
+@example(batch=16, size=16, channels=2, outputs=3, strides=1, seed=0)  # one, all of its pixels
+@example(batch=1, size=70, channels=2, outputs=2, strides=1, seed=0)  # an image that is longer
+def test_pointwise_convolution_in_pieces_is_the_library_s(
+    batch, size, channels, outputs, strides, seed
+):
+    with jax.enable_x64(True):
+        x, kernel = random(seed, batch, size, size, channels), random(seed, 1, 1, channels, outputs)
+        assert_equal_with_gradients(
+            lambda x, k: conv(x, k, strides=strides, padding=0),
+            lambda x, k: plain_conv(x, k, strides=strides, padding=0),
             *(x, kernel),
         )
 
@@ -217,14 +241,16 @@ def test_a_loop_has_forward_convolutions_alone(strides):
     assert set(layouts) == {"b01f_01io->b01f"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_eight_devices_move_no_activation(case):
+@pytest.mark.parametrize(
+    ("case", "images"), [*((case, IMAGES) for case in CASES), ("pointwise", (64, 8, 8, 16))]
+)
+def test_eight_devices_move_no_activation(case, images):
     """The only thing that they exchange is the kernel's gradient, once."""
     function, kernel = CASES[case]
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    text = function.lower(_abstract(IMAGES, spread), _abstract(kernel, same)).compile().as_text()
+    text = function.lower(_abstract(images, spread), _abstract(kernel, same)).compile().as_text()
     assert "conditional(" not in text
     for moving in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert moving not in text
