@@ -83,8 +83,7 @@ def ending_together() -> Iterator[None]:
         alike = type(error).__module__.split(".")[0] == "dfs_jax"
         if jax.process_count() == 1 or alike:
             raise
-        text = str(error).lower()
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(w in text for w in _LOST):
+        if _lost_another(error):
             print(
                 f"error: process {jax.process_index()} of {jax.process_count()} ends, for another "
                 "one has died or cannot be reached; the same command goes on from the newest "
@@ -96,6 +95,15 @@ def ending_together() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether that is how the runtime reports that it cannot reach another process."""
+    text = str(error).lower()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return any(word in text for word in _LOST)
+    # With synchronous dispatch (allocator.py) a step fails while it is called, with this type.
+    return isinstance(error, ValueError) and "gloo" in text
 
 
 def _in_cluster() -> bool:

@@ -45,7 +45,10 @@ def test_any_number_of_processes_and_devices_trains_alike(network, tmp_path):
     assert all(found == counts for found in scores.values())
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_four(tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_four(
+    victim, tmp_path
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     processes.run(1, 1, processes.arguments(whole, "train.steps=40"))
 
@@ -53,7 +56,6 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_f
     try:
         step = random.randint(7, 15)
         processes.wait_for_step(broken, step)
-        victim = random.randint(0, 1)
         os.kill(processes.pid_of(victim, broken), signal.SIGKILL)
         killed = time.monotonic()
         text, _ = running.communicate(timeout=60)
