@@ -331,6 +331,7 @@ def test_prefix_networks_are_the_cheap_way_to_per_exit_gradients():
     )
 
 
+@pytest.mark.slow
 def test_overheads_are_written_and_told(tmp_path, capsys):
     hits = []
     jax.monitoring.register_event_listener(

@@ -69,6 +69,7 @@ def test_a_resumed_run_measures_the_same(measured, tmp_path):
     assert conflicts(tmp_path) == conflicts(measured)
 
 
+@pytest.mark.slow
 def test_surgery_keeps_two_exits_apart(tmp_path):
     """On two devices, of the first of two microbatches."""
     own = (ON, "train.steps=4", "train.accumulation=2", "mesh.data=2")

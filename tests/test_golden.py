@@ -15,21 +15,20 @@ from dfs_jax.surgery import Surgery
 # training pass takes seconds and so does one gradient of an MSDNet in float64.
 ALL = ("outputs", "losses", "exits", "trajectories")
 FAST = {
-    "msdnet_cifar100__fr_full__r0.5": ("outputs", "losses"),
-    "msdnet_cifar100__fr_strict__r0.5": ("outputs", "losses", "exits"),
-    "resnet18__fr_strict__r0.5": ("outputs", "losses", "exits"),
+    "msdnet_cifar100__fr_strict__r0.5": ("outputs", "losses"),
+    "resnet18__fr_strict__r0.5": ("outputs", "losses"),
     "vgg7_64_cifar100_distill__fr_strict__r0.5": ("outputs", "losses"),
     "vgg7_64_cifar100_nodistill__fr_strict__r0.5": ALL,
     "vgg7_64_cifar100_nodistill__partition__r0.5": ALL,
     "vgg7_64_cifar100_nodistill__plain__r0.5": ALL,
 }
 SLOW = {
-    "msdnet_cifar100__fr_full__r0.5": ("exits", "trajectories"),
-    "msdnet_cifar100__fr_strict__r0.5": ("trajectories",),
+    "msdnet_cifar100__fr_full__r0.5": ALL,
+    "msdnet_cifar100__fr_strict__r0.5": ("exits", "trajectories"),
     "msdnet_cifar100__partition__r0.5": ALL,
     "msdnet_cifar100__plain": ALL,
     "msdnet_imagenet__fr_full__r0.5": ("outputs", "losses", "exits"),
-    "resnet18__fr_strict__r0.5": ("trajectories",),
+    "resnet18__fr_strict__r0.5": ("exits", "trajectories"),
     "sdn_resnet18__plain": ALL,
     "vgg7_64_cifar100_distill__fr_strict__r0.5": ("exits", "trajectories"),
     "vgg16_64_imagenet_nodistill__fr_strict__r0.5": ("outputs", "losses", "exits"),

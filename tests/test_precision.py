@@ -65,6 +65,7 @@ class TestAccumulation:
         assert whole["correct"].shape == cut["correct"].shape
         assert (cut["correct"] <= 16).all()
 
+    @pytest.mark.slow
     def test_several_devices_train_as_one_does(self):
         settings = ("train.accumulation=2", "optimizer.learning_rate=0.001")
         one, many = (
@@ -166,7 +167,7 @@ class TestFsdp:
         assert sizes == [sharding.bytes_per_device(x) for x in (state.params, state.opt_state)]
         return np.array(sizes), np.array(losses), jax.device_get(state.params)
 
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
     def test_two_devices_hold_half_each_and_train_alike(self, optimizer):
         whole, losses, params = self.measured(("mesh.data=2",), optimizer)
         half, found, spread = self.measured(("mesh.data=1", "mesh.fsdp=2"), optimizer)

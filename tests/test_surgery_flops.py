@@ -43,7 +43,9 @@ def _joint_flops() -> float:
     return _step_flops(_vgg7(partition=False))
 
 
-@pytest.mark.parametrize(("beta", "limit"), [(0.5, 0.84), (0.25, 0.77)])
+@pytest.mark.parametrize(
+    ("beta", "limit"), [(0.5, 0.84), pytest.param(0.25, 0.77, marks=pytest.mark.slow)]
+)
 def test_surgery_saves_compiled_flops(beta, limit):
     """Measured: 0.837 and 0.755 of joint training."""
     ratio = _step_flops(_vgg7(beta=beta)) / _joint_flops()

@@ -27,6 +27,7 @@ def _final(config, workdir):
     return _flat({"params": state.params, "batch_stats": state.batch_stats})
 
 
+@pytest.mark.slow
 def test_second_stage_trains_the_exits_alone(tmp_path, caplog):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     config = _config("ge")

@@ -71,6 +71,7 @@ def test_what_went_in_comes_out(loaded, tmp_path, capsys):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_backbone_with_other_classes(tmp_path):
     entries = _weights(num_classes=3)
     write_weights(tmp_path / "w.npz", entries)

@@ -170,7 +170,7 @@ def test_a_backbone_with_another_head_starts_a_network():
     with pytest.raises(InteropError, match=r"exits\.0\.head\.weight: missing"):
         from_state_dict(network, arrays)
     loaded = from_backbone(network, arrays, jax.random.key(3))
-    fresh = network.init(jax.random.key(3), jnp.zeros((1, 48, 48, 3)))
+    fresh = jax.jit(network.init)(jax.random.key(3), jnp.zeros((1, 48, 48, 3)))
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     for name in ("blocks_0", "blocks_2", "patch_embed"):
         jax.tree.map(
