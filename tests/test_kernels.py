@@ -14,7 +14,7 @@ from plain_networks import max_pool as plain_max_pool
 from dfs_jax import compiler, kernels
 from dfs_jax.surgery import Partitioned, conv
 
-PROPERTY = settings(max_examples=6, deadline=None)
+PROPERTY = settings(max_examples=8, deadline=None)
 PADDINGS = st.sampled_from([0, 1, "SAME", ((0, 2), (1, 0))])
 
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from dfs_jax.surgery import Partitioned, Surgery, conv, dense
 
-PROPERTY = settings(max_examples=10, deadline=None)
+PROPERTY = settings(max_examples=15, deadline=None)
 BETAS = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 0.9, 1.0])
 MODES = ("joint", "partition", "own", "all")
 
