@@ -8,6 +8,8 @@ as above, and `hard`, which starts to learn later:
     python -m dfs_jax.main --config configs/double_digits.py --workdir runs/double_digits_hard \\
         --config.data.name=double_digits/hard --config.train.steps=6000
 
+`double_digits/units` is the `clean` pictures with one digit as the class: ten classes.
+
 Presets, as a comma list of at most one network and one method, in any order:
 
     vgg7 (default)     VGG7 at a quarter of its published widths, six exits

@@ -44,6 +44,7 @@ DATA_SETS: dict[str, tuple[tuple[int, int, int], int]] = {
     "cifar100": ((32, 32, 3), 100),
     "double_digits/clean": ((32, 32, 3), 100),
     "double_digits/hard": ((32, 32, 3), 100),
+    "double_digits/units": ((32, 32, 3), 10),
     "imagenet2012": ((224, 224, 3), 1000),
 }
 

@@ -29,10 +29,10 @@ def _cifar(name: str, config: ml_collections.ConfigDict) -> Data:
     return cifar.load(config, name)
 
 
-def _double_digits(variant: str, config: ml_collections.ConfigDict) -> Data:
+def _double_digits(task: str, config: ml_collections.ConfigDict) -> Data:
     from dfs_jax.data import double_digits
 
-    return double_digits.load(config, variant)
+    return double_digits.load(config, task)
 
 
 def _imagenet(config: ml_collections.ConfigDict) -> Data:
@@ -59,6 +59,7 @@ _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
     "digits": _digits,
     "double_digits/clean": functools.partial(_double_digits, "clean"),
     "double_digits/hard": functools.partial(_double_digits, "hard"),
+    "double_digits/units": functools.partial(_double_digits, "units"),
     "folder": _folder,
     "imagenet2012": _imagenet,
 }

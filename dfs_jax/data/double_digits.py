@@ -1,4 +1,4 @@
-"""Double digits: two handwritten digits on a coloured ground, 100 classes, no download.
+"""Double digits: two handwritten digits on a coloured ground, 100 or 10 classes, no download.
 
     python -m dfs_jax.data.double_digits clean [--samples FILE.png]
 
@@ -36,6 +36,7 @@ augment.STATISTICS.update(
         "double_digits/hard": ((0.500253, 0.499963, 0.499535), (0.218908, 0.172702, 0.218059)),
     }
 )
+augment.STATISTICS["double_digits/units"] = augment.STATISTICS["double_digits/clean"]
 
 
 class DoubleDigits(tfds.core.GeneratorBasedBuilder):
@@ -79,6 +80,14 @@ def class_names() -> list[str]:
     return [f"{label:02d}" for label in range(drawing.CLASSES)]
 
 
+# What a configuration can ask for: which pictures, and the names of the classes. With ten of them
+# the class is the units digit, and the tens digit distracts.
+TASKS = {
+    **{variant: (variant, class_names()) for variant in VARIANTS},
+    "units": ("clean", list("0123456789")),
+}
+
+
 def sources(part: str) -> tuple[np.ndarray, np.ndarray]:
     """Ink (N, 8, 8) in [0, 1] and digits (N,) from which `part` is drawn; no two parts share any.
 
@@ -102,21 +111,23 @@ def draw(
     return drawing.draw(drawing.STYLES[variant], *sources(part), seed, count)
 
 
-def load(config: ml_collections.ConfigDict, variant: str) -> Data:
-    """The pictures of `variant` as `config` says; validation is the end of the training split.
+def load(config: ml_collections.ConfigDict, task: str) -> Data:
+    """The pictures of `task` as `config` says; validation is the end of the training split.
 
     Up to `data.validation_size=5000` validation shares no source digit with training.
     """
+    variant, classes = TASKS[task]
     sizes = {split: sum(PICTURES[part] for part in parts) for split, parts in SPLITS.items()}
     arrays = prepared.read(_Variant(variant), config.data.dir, sizes)
+    arrays = {k: (images, labels % len(classes)) for k, (images, labels) in arrays.items()}
     train, validation = in_memory.hold_out(arrays["train"], config.data.validation_size)
     return in_memory.create(
         config,
-        name=f"double_digits/{variant}",
+        name=f"double_digits/{task}",
         train=train,
         validation=validation,
         test=arrays["test"],
-        class_names=class_names(),
+        class_names=classes,
     )
 
 

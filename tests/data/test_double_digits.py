@@ -253,6 +253,23 @@ def test_both_variants_are_prepared_and_served(small, tmp_path):
         data.create(small)
 
 
+def test_units_are_the_clean_pictures_with_one_digit_as_the_class(small, tmp_path):
+    small.data.name = "double_digits/units"
+    found = data.create(small)
+    assert found.spec.name == small.data.name
+    assert found.spec.class_names == tuple("0123456789")
+    for part, source in (("validation", found.validation), ("test", found.test)):
+        images, labels = drawn("clean", part, 100)
+        batch = next(source.batches())
+        np.testing.assert_array_equal(batch["label"], labels[:64] % 10)
+        np.testing.assert_array_equal(grey_levels(batch, "double_digits/clean"), images[:64])
+    labels = drawn("clean", "train", 600)[1] % 10
+    order = pipeline.train_indices(600, 600, small.data.seed, 0)
+    np.testing.assert_array_equal(next(found.train.batches(0))["label"], labels[order])
+    prepared = {path.name for path in (tmp_path / "double_digits").iterdir()}
+    assert "units" not in prepared  # nothing is drawn a second time
+
+
 def test_validation_is_the_end_of_the_training_split(small):
     small.data.validation_size = 30
     found = data.create(small)
