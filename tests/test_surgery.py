@@ -150,6 +150,7 @@ def test_depthwise_convolution_follows_the_definition(live, multiplier, seed):
     )
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(live=ranges, seed=st.integers(0, 99))
 def test_gradient_of_gradient_follows_the_definition(live, seed):

@@ -291,6 +291,7 @@ def assert_devices_agree(*own, network=(), tolerance):
     np.testing.assert_allclose(last["losses"], last_of_many["losses"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does():
     # Surgery and dropout are on; statistics are those of the whole batch.
     assert_devices_agree(
