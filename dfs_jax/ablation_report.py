@@ -136,8 +136,13 @@ def _table(rows: Sequence[Row], baseline: Mapping[str, str]):
     groups = summaries(rows)
     exits = max(len(group.costs) for group in groups)
     axes = list(groups[0].labels)
-    columns = [*(f"exit {i}" for i in range(1, exits + 1)), "all exits"]
-    headers = [*axes, "seeds", *columns, *(["mean difference", "last exit"] if baseline else [])]
+    columns = [*(f"exit {i}" for i in range(1, exits + 1)), "ensemble"]
+    headers = [
+        *axes,
+        "seeds",
+        *columns,
+        *(["mean of exits, difference", "last exit, difference"] if baseline else []),
+    ]
     means = [_padded(np.mean(list(group.top1.values()), axis=0), exits) for group in groups]
     best = np.nanmax(np.stack(means), axis=0)
     body = []
