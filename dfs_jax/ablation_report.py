@@ -137,12 +137,7 @@ def _table(rows: Sequence[Row], baseline: Mapping[str, str]):
     exits = max(len(group.costs) for group in groups)
     axes = list(groups[0].labels)
     columns = [*(f"exit {i}" for i in range(1, exits + 1)), "ensemble"]
-    headers = [
-        *axes,
-        "seeds",
-        *columns,
-        *(["mean of exits, difference", "last exit, difference"] if baseline else []),
-    ]
+    headers = [*axes, "seeds", *columns, *(["Δ mean of exits", "Δ last exit"] if baseline else [])]
     means = [_padded(np.mean(list(group.top1.values()), axis=0), exits) for group in groups]
     best = np.nanmax(np.stack(means), axis=0)
     body = []
@@ -236,7 +231,7 @@ def _title(labels: Mapping[str, str]) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Ablation</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 110rem; padding: 0 1rem;
   color: #1a1a1a; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
@@ -244,6 +239,7 @@ th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right
 th:first-child, td:first-child {{ text-align: left; }}
 .best {{ font-weight: 700; }}
 .wide {{ overflow-x: auto; }}
+p {{ max-width: 60rem; }}
 img {{ max-width: 100%; margin-top: 1.5rem; }}
 </style></head><body>
 <h1>Ablation</h1>
