@@ -264,8 +264,8 @@ def _page(
     if baseline:
         named = ", ".join(f"{axis} {label}" for axis, label in baseline.items())
         compared = (
-            f" Differences are to {html.escape(named)}, seed by seed, with 95 % intervals: of the "
-            "mean over exits, and of the last exit."
+            f" Differences (Δ) are to {html.escape(named)}, seed by seed, with 95 % intervals: of "
+            "the mean over exits, and of the last exit."
         )
     pictures = {"Accuracy of every configuration against its cost": curves}
     if conflict is not None:
