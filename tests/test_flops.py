@@ -147,14 +147,7 @@ def test_live_channels_of_a_convolution(depthwise):
     assert flops.minimal_training_multiply_adds(network, (5, 5, 8)) == products * (2 + 3 / 8)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vgg7_cifar100",
-        "resnet18_cifar100",
-        pytest.param("msdnet_cifar100", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["vgg7_cifar100", "resnet18_cifar100", "msdnet_cifar100"])
 def test_surgery_does_not_change_the_cost(name):
     choices = [
         Surgery(partition=False),
