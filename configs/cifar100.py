@@ -28,7 +28,7 @@ the official code, and how to have it as there:
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS, SECOND_STAGES
+from dfs_jax.config.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):

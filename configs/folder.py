@@ -19,7 +19,7 @@ of at most one network and one method, in any order:
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS, SECOND_STAGES
+from dfs_jax.config.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):

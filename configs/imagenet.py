@@ -24,7 +24,7 @@ official validation set is the test set. Recipes: arXiv 2407.13986 and its offic
 """
 
 from dfs_jax import config as base
-from dfs_jax.presets import METHODS, SECOND_STAGES
+from dfs_jax.config.presets import METHODS, SECOND_STAGES
 
 
 def get_config(preset: str | None = None):

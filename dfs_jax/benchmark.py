@@ -19,55 +19,26 @@ per-exit gradients, reporting, evaluation, compilation. Both write JSON to FILE,
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from dfs_jax import (
-    allocator,
-    benchmark_report,
-    command,
-    experiment,
-    metrics,
-    overheads,
-    sharding,
-    step_cost,
-    train,
-)
 from dfs_jax import config as configuration
-from dfs_jax.config import ConfigError
-from dfs_jax.data.pipeline import Batch
-from dfs_jax.experiment import Run
+from dfs_jax.config import ConfigError, command
+from dfs_jax.config.tables import format_table
+from dfs_jax.distributed import placement
+from dfs_jax.ops import allocator
+from dfs_jax.profiling import overheads, random_images, report, step_cost
+from dfs_jax.profiling.input_rate import Pace, measure_input
+from dfs_jax.training.run import Run, prepare
 
 _WARMUP = 2  # batches or steps that are not counted: they compile, and fill what is read ahead
-
-
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """What a number of batches took, in seconds; `waited` of them for the next batch to come."""
-
-    batches: int
-    batch_size: int
-    seconds: float
-    waited: float
-
-    @property
-    def images_per_second(self) -> float:
-        """Over all devices and processes."""
-        return self.batches * self.batch_size / self.seconds
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the time, in [0, 1], in which the host waited for a batch."""
-        return self.waited / self.seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,8 +114,6 @@ def _check_out(out: Path | None) -> None:
 
 
 # What the step costs.
-
-
 def _report_steps(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     for flag in ("pairs", "calls", "num_classes"):
         value = getattr(arguments, flag)
@@ -161,19 +130,19 @@ def _report_steps(arguments: argparse.Namespace, config: ml_collections.ConfigDi
         for word, own in configs.items():
             own = own.copy_and_resolve_references()
             own.train.batch_size = size
-            runs[size][word] = step_cost.random_run(own, arguments.num_classes)
+            runs[size][word] = random_images.random_run(own, arguments.num_classes)
     _check_out(arguments.out)
 
     run = runs[batch_sizes[0]][step_cost.BASELINE]
-    print(sharding.describe(run.mesh), flush=True)
+    print(placement.describe(run.mesh), flush=True)
     heading = _heading(arguments, run) | {"pairs": arguments.pairs, "calls": arguments.calls}
     costs = []
     for size, methods in runs.items():
         print(f"batch size {size}: {', '.join(methods)}", file=sys.stderr, flush=True)
         costs += step_cost.measure(methods, arguments.pairs, arguments.calls)
-    print(benchmark_report.markdown(heading, costs), end="")
+    print(report.markdown(heading, costs), end="")
     if arguments.out is not None:
-        paths = benchmark_report.write(arguments.out, heading, costs)
+        paths = report.write(arguments.out, heading, costs)
         print(f"\nwritten: {', '.join(map(str, paths))}")
 
 
@@ -214,20 +183,18 @@ def _heading(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
         "image_shape": list(run.data.spec.image_shape),
         "num_classes": run.data.spec.num_classes,
         "precision": run.config.train.precision,
-        "machine": benchmark_report.machine(),
-        "versions": benchmark_report.versions(),
+        "machine": report.machine(),
+        "versions": report.versions(),
     }
 
 
 # What else a run spends time on.
-
-
 def _report_overheads(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     if arguments.pairs < 1:
         raise ConfigError(f"--pairs must be at least 1, got {arguments.pairs}")
-    run = step_cost.random_run(config, arguments.num_classes)
+    run = random_images.random_run(config, arguments.num_classes)
     _check_out(arguments.out)
-    print(sharding.describe(run.mesh), flush=True)
+    print(placement.describe(run.mesh), flush=True)
     found = overheads.measure(run, arguments.pairs)
     print(f"{run.config.model.name}, batches of {config.train.batch_size}\n")
     print(found.table())
@@ -238,12 +205,10 @@ def _report_overheads(arguments: argparse.Namespace, config: ml_collections.Conf
 
 
 # How fast the input is.
-
-
 def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    run = experiment.prepare(config)
+    run = prepare(config)
     first, paces = measure_input(run, arguments.batches, arguments.steps, arguments.start)
-    print(sharding.describe(run.mesh))
+    print(placement.describe(run.mesh))
     print(f"{run.data.spec.name}, batches of {config.train.batch_size}, {config.model.name}\n")
     rows = [
         (
@@ -254,63 +219,11 @@ def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDi
         )
         for name, pace in paces.items()
     ]
-    print(metrics.format_table(rows, ("", "images/s", "ms per batch", "waiting for data")))
+    print(format_table(rows, ("", "images/s", "ms per batch", "waiting for data")))
     print(f"\nthe first batch, of step {arguments.start}, came after {first:.1f} s")
     if arguments.out is not None:
         figures = _as_json(arguments, run, first, paces)
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def measure_input(
-    run: Run, batches: int, steps: int, start: int = 0
-) -> tuple[float, dict[str, Pace]]:
-    """Seconds until the batch of step `start` came, and the paces.
-
-    These are of the `input` alone and, where `steps` is above 0, of the `step` alone and `both`.
-    """
-    by_batch = sharding.batch(run.mesh)
-    began = time.perf_counter()
-    source = run.data.train.batches(start, by_batch)
-    jax.block_until_ready(next(source))
-    first = time.perf_counter() - began
-    paces = {"input": _time_input(source, batches)}
-    del source  # what it reads ahead would slow the steps down
-    if steps:
-        step, state = train.make_train_step(run), train.initial_state(run)
-        source = run.data.train.batches(0, by_batch)
-        same = next(source)
-        state, paces["step"] = _time_steps(step, state, iter(lambda: same, None), steps)
-        state, paces["both"] = _time_steps(step, state, source, steps)
-    return first, paces
-
-
-def _time_input(source: Iterator[Batch], batches: int) -> Pace:
-    for _ in range(_WARMUP):
-        batch = jax.block_until_ready(next(source))
-    began = time.perf_counter()
-    for _ in range(batches):
-        batch = jax.block_until_ready(next(source))
-    seconds = time.perf_counter() - began
-    return Pace(batches, len(batch["image"]), seconds, waited=seconds)
-
-
-def _time_steps(step, state: Any, source: Iterator[Batch], steps: int) -> tuple[Any, Pace]:
-    """As the training loop does it: measurements are fetched while the next step runs."""
-    waited, pending = 0.0, None
-    for done in range(_WARMUP + steps):
-        if done == _WARMUP:
-            jax.block_until_ready(state)
-            began, waited = time.perf_counter(), 0.0
-        asked = time.perf_counter()
-        batch = next(source)
-        waited += time.perf_counter() - asked
-        state, measured = step(state, batch)
-        if pending is not None:
-            jax.device_get(pending)
-        pending = measured
-    jax.block_until_ready(state)
-    seconds = time.perf_counter() - began
-    return state, Pace(steps, len(batch["image"]), seconds, waited)
 
 
 def _as_json(
@@ -321,7 +234,7 @@ def _as_json(
         "data": run.data.spec.name,
         "network": run.config.model.name,
         "batch_size": run.config.train.batch_size,
-        "devices": sharding.describe(run.mesh),
+        "devices": placement.describe(run.mesh),
         "jax": jax.__version__,
         "start": arguments.start,
         "first_batch_seconds": first,

@@ -6,7 +6,7 @@ python -m dfs_jax.main --config FILE[:preset] --workdir DIR [--config.a.b=value 
 import sys
 from collections.abc import Sequence
 
-from dfs_jax import command
+from dfs_jax.config import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,14 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
     def run(arguments, config):
-        from dfs_jax import allocator, sharding, train
+        from dfs_jax.distributed import processes
+        from dfs_jax.ops import allocator
+        from dfs_jax.training import loop
 
         allocator.keep_freed_memory()
-        sharding.start_processes(
+        processes.start_processes(
             arguments.coordinator, arguments.num_processes, arguments.process_id
         )
-        with sharding.ending_together():
-            train.train_and_evaluate(config, arguments.workdir)
+        with processes.ending_together():
+            loop.train_and_evaluate(config, arguments.workdir)
 
     return command.run(parser, argv, run)
 

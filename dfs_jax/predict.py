@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dfs_jax import command, metrics
-from dfs_jax.config import ConfigError
+from dfs_jax.config import ConfigError, command
+from dfs_jax.config.tables import format_table
 from dfs_jax.early_exit.bundle import BundleError, EarlyExit
 from dfs_jax.early_exit.preprocessing import Preprocessing
 
@@ -155,7 +155,7 @@ def _json_line(prediction: Prediction) -> str:
 
 def _table(rows: Sequence[Prediction]) -> str:
     headers = ("image", "label", "confidence", "exit", "cost (M)")
-    return metrics.format_table(
+    return format_table(
         [(p.image, p.label, p.confidence, p.exit, f"{p.cost / 1e6:.3f}") for p in rows], headers
     )
 

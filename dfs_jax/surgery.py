@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax import kernels
-from dfs_jax.tags import tagged
+from dfs_jax.ops import convolution
+from dfs_jax.ops.tags import tagged
 
 Ranges = tuple[tuple[int, int], ...]
 Padding = str | tuple[tuple[int, int], ...]
@@ -172,10 +172,10 @@ def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: b
         pads = padding
         if isinstance(padding, str):
             pads = tuple(lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding))
-        return kernels.Geometry(strides, pads, depthwise)
+        return convolution.Geometry(strides, pads, depthwise)
 
     def forward(x, kernel):
-        return kernels.convolution(x, kernel, geometry(x, kernel))
+        return convolution.convolution(x, kernel, geometry(x, kernel))
 
     def input_gradient(x, kernel, g):
         if depthwise:
@@ -184,10 +184,10 @@ def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: b
         else:
             part = _take(kernel, live, 2)
         shape = (*x.shape[:-1], _width(live))
-        return kernels.input_gradient(shape, part, g, geometry(x, kernel))
+        return convolution.input_gradient(shape, part, g, geometry(x, kernel))
 
     def kernel_gradient(x, kernel, g):
-        return kernels.kernel_gradient(x, kernel.shape, g, geometry(x, kernel))
+        return convolution.kernel_gradient(x, kernel.shape, g, geometry(x, kernel))
 
     product = _partial(forward, input_gradient, kernel_gradient, live)
     return tagged(f"conv:{_width(live)}", product)

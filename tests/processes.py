@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from dfs_jax import metrics
+from dfs_jax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 

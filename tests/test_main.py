@@ -17,7 +17,10 @@ import tiny_run
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
-from dfs_jax import data, experiment, main, metrics, train
+from dfs_jax import data, main
+from dfs_jax.training import loop, metrics
+from dfs_jax.training.run import prepare
+from dfs_jax.training.state import restore
 
 
 def snapshot(path):
@@ -35,7 +38,7 @@ def used(tmp_path_factory):
     """A workdir with four finished steps, at a constant learning rate; not to be changed."""
     workdir = tmp_path_factory.mktemp("used")
     config = tiny_run.config("train.steps=4", "optimizer.schedule=constant")
-    train.train_and_evaluate(config, str(workdir))
+    loop.train_and_evaluate(config, str(workdir))
     return workdir
 
 
@@ -267,7 +270,7 @@ def final_state(workdir):
     config = configuration.from_json((workdir / "config.json").read_text())
     with config.unlocked():
         config.mesh.data = 1
-    step, state = train.restore(experiment.prepare(config), str(workdir))
+    step, state = restore(prepare(config), str(workdir))
     assert step == 120
     return jax.device_get(state)
 
@@ -306,6 +309,6 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path, monkeypa
 
 def data_digits_load(config):
     """The digits through TFDS, as the command reads them."""
-    from dfs_jax.data import digits
+    from dfs_jax.data.sets import digits
 
     return digits.load(config)

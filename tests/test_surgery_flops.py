@@ -8,8 +8,9 @@ import pytest
 from jax import lax
 from summed_loss import summed_loss
 
-from dfs_jax import compiler, flops
 from dfs_jax.models import create_model
+from dfs_jax.models.cost import minimal_training_multiply_adds, training_flops
+from dfs_jax.ops import compiler
 from dfs_jax.surgery import Surgery
 
 BATCH = 8
@@ -51,14 +52,14 @@ def test_surgery_saves_compiled_flops(beta, limit):
     ratio = _step_flops(_vgg7(beta=beta)) / _joint_flops()
     assert ratio <= limit
     # What no implementation can beat; the two count padding and small operations differently.
-    least = flops.minimal_training_multiply_adds(_vgg7(beta=beta), (32, 32, 3))
-    joint = flops.minimal_training_multiply_adds(_vgg7(partition=False), (32, 32, 3))
+    least = minimal_training_multiply_adds(_vgg7(beta=beta), (32, 32, 3))
+    joint = minimal_training_multiply_adds(_vgg7(partition=False), (32, 32, 3))
     assert ratio == pytest.approx(least / joint, abs=0.01)
 
 
 def test_joint_training_has_no_overhead():
     """The compiled step does no more than forward, kernel and input gradients once each."""
-    least = flops.training_flops(_vgg7(partition=False), (32, 32, 3), BATCH)
+    least = training_flops(_vgg7(partition=False), (32, 32, 3), BATCH)
     assert _joint_flops() <= 1.01 * least
 
 
@@ -105,9 +106,9 @@ def test_saving_of_every_network_is_what_its_definition_allows(name, side, batch
     shape = (side, side, 3)
     joint = network(partition=False)
     joint_flops = _step_flops(joint, side, batch)
-    joint_least = flops.minimal_training_multiply_adds(joint, shape)
+    joint_least = minimal_training_multiply_adds(joint, shape)
     for beta in (0.1, 0.3, 0.5, 0.7, 0.9):
         ratio = _step_flops(network(beta=beta), side, batch) / joint_flops
-        least = flops.minimal_training_multiply_adds(network(beta=beta), shape) / joint_least
+        least = minimal_training_multiply_adds(network(beta=beta), shape) / joint_least
         print(f"\n{name:20} {beta} {ratio:.4f} {least:.4f}")
         assert ratio == pytest.approx(least, abs=0.01), beta

@@ -12,8 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from sklearn import datasets
 
 from dfs_jax import config as configuration
-from dfs_jax import data, sharding, train
-from dfs_jax.data import in_memory
+from dfs_jax import data
+from dfs_jax.data.input import in_memory
+from dfs_jax.distributed import placement
+from dfs_jax.training.state import initial_state
+from dfs_jax.training.step import make_train_step
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TRAIN, HELD_OUT, TEST = 90, 37, 53  # divisible by neither batch nor device count
@@ -111,8 +114,8 @@ def few_digits(tmp_path_factory):
 
 def losses_of(run):
     """Losses (S, N) of the N exits in each of the run's S steps, nothing else done."""
-    state, step = train.initial_state(run), train.make_train_step(run)
-    batches = run.data.train.batches(0, sharding.batch(run.mesh))
+    state, step = initial_state(run), make_train_step(run)
+    batches = run.data.train.batches(0, placement.batch(run.mesh))
     found = []
     for _ in range(run.total_steps):
         state, measured = step(state, next(batches))

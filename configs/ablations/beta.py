@@ -5,7 +5,7 @@
 Three seeds each on the `clean` double digits; a job array spreads it with --shard K/N.
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

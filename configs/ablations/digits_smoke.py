@@ -5,7 +5,7 @@
 Under five minutes on two CPU cores. The digits are too easy to tell methods apart.
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

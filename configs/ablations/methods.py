@@ -11,8 +11,8 @@ one, in the paper too. Here it has seven times 1,200 steps. L2W-DEN (`wpn`) has 
 ImageNet runs: with that of CIFAR-100, 0.8, the deep exits stay far behind (docs/results.md).
 """
 
-from dfs_jax import presets
-from dfs_jax.ablate import Grid
+from dfs_jax.config import presets
+from dfs_jax.sweeps.grid import Grid
 
 _OWN = {
     "meta_gf": ("gradients.options.phase_steps=10", "train.steps=8400", "train.eval_every=2100"),

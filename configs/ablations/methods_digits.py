@@ -5,8 +5,8 @@
 The digits are too easy to tell methods apart; `methods.py` is for that.
 """
 
-from dfs_jax import presets
-from dfs_jax.ablate import Grid
+from dfs_jax.config import presets
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

@@ -3,7 +3,7 @@
 python -m dfs_jax.ablate --config configs/ablations/precision.py --workdir runs/precision
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

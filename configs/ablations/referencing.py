@@ -3,7 +3,7 @@
 python -m dfs_jax.ablate --config configs/ablations/referencing.py --workdir runs/referencing
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

@@ -5,7 +5,7 @@
 Two seeds each on the `clean` double digits, in batches of 64. docs/results.md has what came of it.
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 _STEPS = "train.steps={}"
 

@@ -5,7 +5,7 @@
 Three seeds each. docs/results.md has what came of it.
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:

@@ -7,7 +7,7 @@ digit of the two and stay there; here that digit is the class and the other one 
 docs/results.md has what came of it.
 """
 
-from dfs_jax.ablate import Grid
+from dfs_jax.sweeps.grid import Grid
 
 _DISTILLATION = [
     "model.options.adapters=True",

@@ -11,46 +11,46 @@ from collections.abc import Callable
 import ml_collections
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data.augment import STATISTICS
+from dfs_jax.data.augment.normalization import STATISTICS
 from dfs_jax.data.pipeline import Data
 
 __all__ = ["STATISTICS", "create", "names"]
 
 
 def _digits(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import digits
+    from dfs_jax.data.sets import digits
 
     return digits.load(config)
 
 
 def _cifar(name: str, config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import cifar
+    from dfs_jax.data.sets import cifar
 
     return cifar.load(config, name)
 
 
 def _double_digits(task: str, config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import double_digits
+    from dfs_jax.data.sets import double_digits
 
     return double_digits.load(config, task)
 
 
 def _imagenet(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import imagenet
+    from dfs_jax.data.sets import imagenet
 
     return imagenet.load(config)
 
 
 def _folder(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import folder
+    from dfs_jax.data.sets import folder
 
     return folder.load(config)
 
 
 def _named(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data import named
+    from dfs_jax.data.sets import tfds
 
-    return named.load(config)
+    return tfds.load(config)
 
 
 _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {

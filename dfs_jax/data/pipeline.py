@@ -1,11 +1,10 @@
-"""What a data set offers to training and evaluation, and the order of its training examples.
+"""What a data set offers to training and evaluation.
 
-Here are the types, the checks of batch sizes and the epoch order that all data sets share, and
-`place`, which puts host arrays on devices. How batches are made is in the modules beside this.
+Here are the types, the checks of batch sizes that all data sets share, and `place`, which puts host
+arrays on devices. How batches are made is in `input/`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -97,31 +96,6 @@ def check_seed(config: ml_collections.ConfigDict) -> int:
     if not 0 <= seed < 2**32:
         raise ConfigError(f"data.seed {seed} is not between 0 and 2**32 - 1")
     return seed
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order (size,) int64 of an epoch's examples, equal on every platform; read-only."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-    order = generator.permutation(size)
-    order.flags.writeable = False  # the cache hands out this very array
-    return order
-
-
-def train_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The examples (batch_size,) int32 of step `step`, out of `size`.
-
-    Epochs follow each other without a gap, each in an order of its own: the batch is positions
-    step * batch_size and on of that stream. So a batch may span epochs, and none drops examples.
-    """
-    position, end = step * batch_size, (step + 1) * batch_size
-    pieces = []
-    while position < end:
-        epoch, first = divmod(position, size)
-        last = min(size, first + end - position)
-        pieces.append(permutation(size, seed, epoch)[first:last])
-        position += last - first
-    return np.concatenate(pieces).astype(np.int32)
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -10,15 +10,15 @@ downloaded. An interruption leaves nothing that could be taken for prepared data
 import argparse
 import os
 import sys
-import urllib.parse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dfs_jax import command
+from dfs_jax.config import command
 from dfs_jax.data.pipeline import DataError
+from dfs_jax.data.sets.archives import manual_dir
 
 if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,37 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(parser, argv, lambda arguments, config: _prepare(arguments))
 
 
-def instructions(builder: "tfds.core.DatasetBuilder", file_format: str) -> str:
-    """What to do where `builder` is not prepared: what to download, where to put it, what to run.
-
-    Sizes and checksums are those that TFDS has registered.
-    """
-    place = builder._data_dir_root
-    run = f"python -m dfs_jax.data.prepare {builder.name} --data_dir={place}"
-    run += f" --file_format={file_format}" if file_format != "tfrecord" else ""
-    archives = [
-        f"{_file_name(url, info)} ({int(info.size):,} bytes, SHA-256 {info.checksum}, {url})"
-        for url, info in (builder.url_infos or {}).items()
-    ]
-    first = f"{builder.name} is not prepared in {place}; "
-    if not archives:
-        return first + f"run {run}"
-    return (
-        first + f"where there is a network run {run}; without one, get {', '.join(archives[:6])}"
-        f"{', ...' if len(archives) > 6 else ''}, put "
-        f"{'it' if len(archives) == 1 else 'them'} in {manual_dir(place)} and run the same"
-    )
-
-
-def manual_dir(data_dir: str | os.PathLike) -> str:
-    """Where archives are looked for when nothing else is said."""
-    return os.path.join(data_dir, "downloads", "manual")
-
-
 def _prepare(arguments: argparse.Namespace) -> None:
     import tensorflow_datasets as tfds
 
-    from dfs_jax.data import archives, imagenet, prepared
+    from dfs_jax.data.sets import archives, builders, imagenet
 
     data_dir = arguments.data_dir or tfds.core.constants.DATA_DIR
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
@@ -87,7 +60,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
             imagenet.verify(by_hand, partial=arguments.partial)
         else:
             archives.check(builder, os.path.join(data_dir, "downloads"), by_hand)
-        prepared.hide_accelerators()
+        builders.hide_accelerators()
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(
                 manual_dir=by_hand if os.path.isdir(by_hand) else None, try_download_gcs=False
@@ -95,10 +68,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
         )
     sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in builder.info.splits.items())
     print(f"{builder.info.full_name} is prepared in {builder.data_path}: {sizes}")
-
-
-def _file_name(url: str, info) -> str:
-    return info.filename or os.path.basename(urllib.parse.urlsplit(url).path)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _versions() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
-    from dfs_jax import command
+    from dfs_jax.config import command
 
     parser = command.parser(__doc__)
     command.add_workdir(parser)
@@ -175,16 +175,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export_workdir(arguments: argparse.Namespace) -> None:
-    from dfs_jax import command, experiment, flops, train
     from dfs_jax.config import ConfigError
     from dfs_jax.early_exit import stages
+    from dfs_jax.models.cost import exit_costs
+    from dfs_jax.training import workdir as workdirs
+    from dfs_jax.training.run import prepare
+    from dfs_jax.training.state import restore
 
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    run = experiment.prepare(command.saved_config(arguments.workdir))
+    run = prepare(workdirs.saved_config(arguments.workdir))
     spec = run.data.spec
-    costs = flops.exit_costs(run.network, spec.image_shape).cumulative
-    step, state = train.restore(run, arguments.workdir, arguments.step)
+    costs = exit_costs(run.network, spec.image_shape).cumulative
+    step, state = restore(run, arguments.workdir, arguments.step)
     chosen = _saved_thresholds(arguments.workdir, step, len(costs))
     score = arguments.score or (chosen.confidence if chosen else "max_softmax")
     if chosen and score != chosen.confidence:
@@ -248,24 +251,26 @@ def _saved_thresholds(workdir: str, step: int, num_exits: int) -> Thresholds | N
 
 
 def _family(run: Any, variables: Any, score: str, costs: Sequence[float]) -> tuple[Thresholds, ...]:
-    from dfs_jax import evaluate, sharding
+    from dfs_jax.distributed import placement
     from dfs_jax.early_exit import budget
+    from dfs_jax.evaluation.answers import answer_split, answerer
 
     if run.data.validation is None:
         return ()
-    answer = evaluate.answerer(run.network, score, sharding.replicated(run.mesh))
-    answers = evaluate.answers(answer, variables, run.data.validation, sharding.batch(run.mesh))
+    answer = answerer(run.network, score, placement.replicated(run.mesh))
+    answers = answer_split(answer, variables, run.data.validation, placement.batch(run.mesh))
     return budget.family(score, answers.confidences, answers.correct, costs)
 
 
 def _preprocessing(run: Any) -> Preprocessing:
     """What the run's own evaluation does to images."""
-    from dfs_jax.data import augment, in_memory
+    from dfs_jax.data.augment import normalization
+    from dfs_jax.data.input import in_memory
 
     spec, in_full = run.data.spec, isinstance(run.data.test, in_memory.InMemoryEval)
     side, _, channels = spec.image_shape
     own = {"imagenet2012": "imagenet"}.get(spec.name, spec.name)
-    mean, std = augment.statistics(run.config, own, channels)
+    mean, std = normalization.statistics(run.config, own, channels)
     return Preprocessing(
         spec.image_shape,
         mean,

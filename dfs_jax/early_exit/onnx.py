@@ -329,7 +329,7 @@ def _checked(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
-    from dfs_jax import command
+    from dfs_jax.config import command
 
     parser = command.parser(__doc__)
     parser.add_argument("--bundle", required=True, metavar="BUNDLE", help="an exported network")
@@ -346,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert_bundle(arguments: argparse.Namespace) -> None:
-    from dfs_jax import metrics
     from dfs_jax.config import ConfigError
+    from dfs_jax.config.tables import format_table
 
     out = os.path.abspath(arguments.out)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
@@ -378,7 +378,7 @@ def _convert_bundle(arguments: argparse.Namespace) -> None:
         (f"{name}.onnx", f"{len(model) / 1e3:.1f}", f"{found[name]:.1e}")
         for name, model in models.items()
     ]
-    print(metrics.format_table(rows, ("file", "kB", "difference")))
+    print(format_table(rows, ("file", "kB", "difference")))
     print(f"{arguments.out}: {len(models)} files, checked with onnxruntime")
 
 

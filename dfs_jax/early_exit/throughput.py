@@ -78,7 +78,7 @@ def measure(
 
 def table(speedups: Sequence[Speedup]) -> str:
     """The speed-ups as aligned lines."""
-    from dfs_jax import metrics
+    from dfs_jax.config.tables import format_table
 
     rows = [
         (
@@ -93,7 +93,7 @@ def table(speedups: Sequence[Speedup]) -> str:
         for s in speedups
     ]
     headers = ("q", "leaving", "promised", "batch", "of promise", "refill", "of promise")
-    return metrics.format_table(rows, headers)
+    return format_table(rows, headers)
 
 
 class _Alone:
@@ -186,7 +186,7 @@ def _speedup(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
-    from dfs_jax import command
+    from dfs_jax.config import command
 
     parser = command.parser(__doc__)
     command.add_config(parser)
@@ -197,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, config: Any) -> None:
-    from dfs_jax import experiment, flops
+    from dfs_jax import flops
     from dfs_jax.config import ConfigError
+    from dfs_jax.training.run import create_network
 
     for flag in ("batch_size", "batches", "repeats"):
         if getattr(arguments, flag) < 1:
@@ -211,7 +212,7 @@ def _run(arguments: argparse.Namespace, config: Any) -> None:
     (height, width, channels), classes = flops.DATA_SETS[config.data.name]
     side = config.data.image_size
     image_shape = (side, side, channels) if side else (height, width, channels)
-    network = experiment.network(config, classes)
+    network = create_network(config, classes)
     images = np.zeros((1, *image_shape), np.float32)
     variables = jax.jit(network.init)(jax.random.key(config.seed), images)
     parts = stages.from_network(network, variables, image_shape)

@@ -16,9 +16,9 @@ from typing import Any
 
 import ml_collections
 
-from dfs_jax import command
 from dfs_jax import config as configuration
-from dfs_jax.config import ConfigError
+from dfs_jax.config import ConfigError, command
+from dfs_jax.training import workdir as workdirs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,20 +65,21 @@ def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | Non
     """Write the weights as the checkpoint of step 0 of a new workdir."""
     import jax
 
-    from dfs_jax import checkpoint, experiment
-    from dfs_jax import workdir as workdirs
     from dfs_jax.interop import files, torch
+    from dfs_jax.training import checkpoint
+    from dfs_jax.training import workdir as workdirs
+    from dfs_jax.training.run import create_network
 
     config = _configuration(arguments, config)
     if workdirs.load(arguments.workdir) is not None:
         raise ConfigError(f"--workdir: {arguments.workdir} holds a run; choose a new one")
     arrays = files.read_weights(arguments.weights)
-    made = torch.made_for(experiment.network(config, num_classes=1), arrays)
+    made = torch.made_for(create_network(config, num_classes=1), arrays)
     if arguments.backbone and arguments.num_classes is None:
         raise ConfigError("--backbone needs --num-classes: the exits will be new ones")
     # Without its last exit a file is refused below, and the exit named.
     num_classes = arguments.num_classes or made.num_classes or 1
-    network = experiment.network(config, num_classes)
+    network = create_network(config, num_classes)
     if arguments.backbone:
         variables = torch.from_backbone(network, arrays, jax.random.key(config.seed))
     else:
@@ -146,22 +147,26 @@ def _first_state(
     import jax
     import numpy as np
 
-    from dfs_jax import data, experiment, optim, sharding, train
+    from dfs_jax import data
     from dfs_jax.data.pipeline import Spec
+    from dfs_jax.distributed import placement
+    from dfs_jax.training import optim
+    from dfs_jax.training.run import Run, create_method, create_objective
+    from dfs_jax.training.state import initial_state
 
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
-    objective = experiment.objective(config, network.num_exits)
+    objective = create_objective(config, network.num_exits)
     spec = Spec(config.data.name, image_shape, network.num_classes, (), 0, 0, 0)
-    state = train.initial_state(
-        experiment.Run(
+    state = initial_state(
+        Run(
             config,
             data.Data(train=None, validation=None, test=None, spec=spec),
             network,
             objective,
-            experiment.method(config, network, objective),
+            create_method(config, network, objective),
             optimizer,
             schedule,
-            sharding.create_mesh(config),
+            placement.create_mesh(config),
             steps_per_epoch=1.0,
             total_steps=1,
         )
@@ -180,12 +185,13 @@ def _export(arguments: argparse.Namespace) -> None:
     """Write the weights of a run's checkpoint, those that evaluation uses, to a file."""
     import jax
 
-    from dfs_jax import experiment, train
     from dfs_jax.interop import files, torch
+    from dfs_jax.training.run import prepare
+    from dfs_jax.training.state import restore
 
-    config = command.saved_config(arguments.workdir)
-    run = experiment.prepare(config)  # the data say how many classes there are
-    step, state = train.restore(run, arguments.workdir, arguments.step)
+    config = workdirs.saved_config(arguments.workdir)
+    run = prepare(config)  # the data say how many classes there are
+    step, state = restore(run, arguments.workdir, arguments.step)
     entries = torch.to_state_dict(run.network, jax.device_get(state.variables))
     files.write_weights(arguments.export, entries)
     print(f"{len(entries)} entries of the checkpoint of step {step} in {arguments.export}")

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax import kernels, surgery
+from dfs_jax import surgery
+from dfs_jax.ops import pooling
+from dfs_jax.ops.tags import tagged
 from dfs_jax.surgery import Partitioned
-from dfs_jax.tags import tagged
 
 Feature = jax.Array | Partitioned
 Initializer = Callable[..., jax.Array]
@@ -232,7 +233,7 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
 @functools.cache
 def _max_pool(window: int, strides: int, padding: int):
     def pool(x):
-        return kernels.max_pool(x, window, strides, padding)
+        return pooling.max_pool(x, window, strides, padding)
 
     return tagged(f"pool:{window * window}", pool)
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dfs_jax.config import ConfigError
 from dfs_jax.data import pipeline
+from dfs_jax.data.input import order
 
 
 @settings(max_examples=50, deadline=None)
@@ -17,25 +18,23 @@ from dfs_jax.data import pipeline
 )
 def test_each_epoch_has_every_example_once(size, batch_size, seed):
     steps = -(-3 * size // batch_size)
-    stream = np.concatenate(
-        [pipeline.train_indices(size, batch_size, seed, s) for s in range(steps)]
-    )
+    stream = np.concatenate([order.train_indices(size, batch_size, seed, s) for s in range(steps)])
     assert len(stream) == steps * batch_size
     for epoch in range(3):
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_stays_as_it_is():
-    orders = {(s, e): tuple(pipeline.permutation(50, s, e)) for s in range(3) for e in range(3)}
+    orders = {(s, e): tuple(order.permutation(50, s, e)) for s in range(3) for e in range(3)}
     assert len(set(orders.values())) == 9
     # Runs that are resumed after an upgrade rely on these very numbers.
-    assert pipeline.permutation(10, 7, 3).tolist() == [8, 4, 5, 3, 6, 0, 9, 7, 1, 2]
-    assert pipeline.train_indices(10, 4, 7, 7).tolist()[2:] == [8, 4]
+    assert order.permutation(10, 7, 3).tolist() == [8, 4, 5, 3, 6, 0, 9, 7, 1, 2]
+    assert order.train_indices(10, 4, 7, 7).tolist()[2:] == [8, 4]
 
 
 def test_the_cached_order_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
-        pipeline.permutation(10, 0, 0)[0] = 3
+        order.permutation(10, 0, 0)[0] = 3
 
 
 def test_batches_are_checked_against_devices(conf):

@@ -19,12 +19,12 @@ import pytest
 import tiny_run
 from jax import lax
 
-from dfs_jax import experiment
 from dfs_jax.early_exit import export, onnx, stages
 from dfs_jax.early_exit.budget import ALWAYS
 from dfs_jax.early_exit.bundle import EarlyExit
 from dfs_jax.models import create_model
 from dfs_jax.surgery import Surgery
+from dfs_jax.training.run import create_network
 
 ROOT = Path(__file__).parents[2]
 IMAGE = (8, 8, 1)
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", [tiny_run.config(), tiny_run.config(network=())])
 def test_the_export_tells_all_that_makes_the_network(config):
     told = json.loads(json.dumps({"labels": ["a", "b"], **export._network(config)}))
-    assert onnx.network(told) == experiment.network(config, num_classes=2)
+    assert onnx.network(told) == create_network(config, num_classes=2)
 
 
 def test_the_network_built_anew_answers_like_the_bundle(loaded):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.data import augment
+from dfs_jax.data.augment import normalization
 from dfs_jax.early_exit.preprocessing import Preprocessing, resize
 
 RGB = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
@@ -49,7 +49,7 @@ def test_the_centre_is_cut_out_once_the_short_side_fits(shape):
 def test_normalisation_is_that_of_training():
     p = Preprocessing((4, 4, 3), **RGB)
     x = image(5, 4, 4, 3)
-    ours, theirs = p.normalise(x), augment.normalise(jnp.asarray(x), **RGB)
+    ours, theirs = p.normalise(x), normalization.normalise(jnp.asarray(x), **RGB)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     exact = (x / 255 - np.array(RGB["mean"])) / np.array(RGB["std"])
@@ -61,7 +61,7 @@ def test_normalisation_is_that_of_training():
 def test_streamed_images_are_cut_as_in_evaluation(antialias):
     import tensorflow as tf
 
-    from dfs_jax.data import decode
+    from dfs_jax.data.input import decode
     from dfs_jax.early_exit import export
 
     x = image(75, 100, 3)

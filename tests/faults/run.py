@@ -82,12 +82,13 @@ def train(
 
 
 def _command(workdir: Path, cache: Path, happening: Callable[[], None]) -> int:
-    from dfs_jax import data, main, saving
+    from dfs_jax import data, main
+    from dfs_jax.training import save_policy
     from tests import tiny_run
 
     logging.getLogger().handlers.clear()  # the command sets up its own
     data._LOADERS["digits"] = tiny_run.load  # without TFDS, which would take seconds
-    saving._PAUSE = 0.05
+    save_policy._PAUSE = 0.05
     happening()
     words = ["--config", tiny_run.DIGITS, "--workdir", str(workdir)]
     words += [f"--config.{s}" for s in [*settings(), f"train.compilation_cache={cache}"]]
@@ -100,11 +101,12 @@ def _command(workdir: Path, cache: Path, happening: Callable[[], None]) -> int:
 def _fingerprint(workdir: Path) -> str:
     import jax
 
-    from dfs_jax import command, experiment
-    from dfs_jax import train as loop
+    from dfs_jax.training import workdir as workdirs
+    from dfs_jax.training.run import prepare
+    from dfs_jax.training.state import restore
 
-    run = experiment.prepare(command.saved_config(str(workdir)))
-    step, state = loop.restore(run, str(workdir))
+    run = prepare(workdirs.saved_config(str(workdir)))
+    step, state = restore(run, str(workdir))
     total = hashlib.sha256(str(step).encode())
     for leaf in jax.tree.leaves(jax.device_get(state)):
         total.update(leaf.tobytes())
@@ -135,7 +137,7 @@ def kill_in_step(random: random.Random, start: int) -> Callable[[], None]:
     step, delay = start + random.randint(1, 7), random.uniform(0, 0.02)
 
     def happening():
-        from dfs_jax.report import Reporter
+        from dfs_jax.training.progress import Reporter
 
         then = lambda: _signal_later(signal.SIGKILL, delay)  # noqa: E731
         _on_call(Reporter, "step_done", lambda _, step, *rest: step, step, then)
@@ -147,7 +149,7 @@ def kill_in_save(random: random.Random, start: int) -> Callable[[], None]:
     step, delay = start + random.randint(1, 7), random.uniform(0, 0.3)
 
     def happening():
-        from dfs_jax.checkpoint import Checkpointer
+        from dfs_jax.training.checkpoint import Checkpointer
 
         then = lambda: _signal_later(signal.SIGKILL, delay)  # noqa: E731
         _on_call(Checkpointer, "save", lambda _, step, *rest: step, step, then)
@@ -159,11 +161,11 @@ def kill_in_evaluation(random: random.Random, start: int) -> Callable[[], None]:
     which, delay = random.randint(0, 1), random.uniform(0, 0.05)
 
     def happening():
-        from dfs_jax import evaluate
+        from dfs_jax.training import loop
 
         calls = iter(range(99))
         then = lambda: _signal_later(signal.SIGKILL, delay)  # noqa: E731
-        _on_call(evaluate, "evaluate", lambda *_: next(calls), which, then)
+        _on_call(loop, "count_split", lambda *_: next(calls), which, then)
 
     return happening
 
@@ -172,7 +174,7 @@ def terminate(random: random.Random, start: int) -> Callable[[], None]:
     step, delay = start + random.randint(1, 7), random.uniform(0, 0.02)
 
     def happening():
-        from dfs_jax.report import Reporter
+        from dfs_jax.training.progress import Reporter
 
         then = lambda: _signal_later(signal.SIGTERM, delay)  # noqa: E731
         _on_call(Reporter, "step_done", lambda _, step, *rest: step, step, then)
@@ -252,7 +254,7 @@ class Trials:
             self._start(self._broken)
 
             def happening():
-                from dfs_jax.report import Reporter
+                from dfs_jax.training.progress import Reporter
 
                 then = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
                 _on_call(Reporter, "step_done", lambda _, step, *rest: step, 15, then)
@@ -282,7 +284,7 @@ class Trials:
             ballast = disk / "ballast"
 
             def happening(first=first, room=room, freed=freed, ballast=ballast):
-                from dfs_jax.checkpoint import Checkpointer
+                from dfs_jax.training.checkpoint import Checkpointer
 
                 step_of = lambda _, step, *rest: step  # noqa: E731
                 _on_call(Checkpointer, "save", step_of, first, lambda: _fill(ballast, room))
@@ -312,7 +314,7 @@ class Trials:
 
 
 def _numbers(workdir: Path) -> dict[tuple[int, str], float]:
-    from dfs_jax import metrics
+    from dfs_jax.training import metrics
 
     found: dict[tuple[int, str], float] = {}
     for record in metrics.read_metrics(workdir):
@@ -326,13 +328,13 @@ def _numbers(workdir: Path) -> dict[tuple[int, str], float]:
 
 
 def _reached(workdir: Path) -> int:
-    from dfs_jax import metrics
+    from dfs_jax.training import metrics
 
     return max((record["step"] for record in metrics.read_metrics(workdir)), default=0)
 
 
 def _newest(workdir: Path) -> int:
-    from dfs_jax import checkpoint
+    from dfs_jax.training import checkpoint
 
     return checkpoint.newest_step(workdir / "checkpoints") or 0
 

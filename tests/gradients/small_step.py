@@ -9,8 +9,13 @@ import numpy as np
 import tiny
 
 from dfs_jax import config as configuration
-from dfs_jax import experiment, gradients, optim, sharding, train
+from dfs_jax import gradients
+from dfs_jax.distributed import placement
 from dfs_jax.objectives import Objective
+from dfs_jax.training import optim
+from dfs_jax.training.run import Run
+from dfs_jax.training.state import initial_state
+from dfs_jax.training.step import make_train_step
 
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.01
 
@@ -26,8 +31,8 @@ def make_run(name, *, net=None, objective=Objective(), devices=1, **options):  #
     method = gradients.create(name, num_exits=net.num_exits, **options)
     method.check(net, objective)
     data = SimpleNamespace(spec=SimpleNamespace(image_shape=(2, 2, 1)))
-    mesh = sharding.create_mesh(c)
-    return experiment.Run(c, data, net, objective, method, optimizer, schedule, mesh, 1.0, 1)
+    mesh = placement.create_mesh(c)
+    return Run(c, data, net, objective, method, optimizer, schedule, mesh, 1.0, 1)
 
 
 def batch(step, size=16):
@@ -40,9 +45,9 @@ def batch(step, size=16):
 
 def states(run, size=16):
     """The state before the first step and after every one, with the losses (N,) of that step."""
-    state, step = train.initial_state(run), train.make_train_step(run)
+    state, step = initial_state(run), make_train_step(run)
     yield jax.device_get(state), None
     for at in itertools.count():
-        placed = jax.device_put(batch(at, size), sharding.batch(run.mesh))
+        placed = jax.device_put(batch(at, size), placement.batch(run.mesh))
         state, measured = step(state, placed)
         yield jax.device_get((state, measured["losses"]))

@@ -12,11 +12,12 @@ import small_step
 import tiny
 
 from dfs_jax import config as configuration
-from dfs_jax import experiment, gradients, models
+from dfs_jax import gradients, models
 from dfs_jax.config import ConfigError
 from dfs_jax.gradients import Problem, Restart
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
+from dfs_jax.training.run import create_method
 
 # Options that make the methods small, or fit for few exits and steps.
 OPTIONS = {
@@ -217,4 +218,4 @@ class TestRefusals:
         c.update_from_flattened_dict(changes)
         losses = Objective(**c.objective.to_dict())
         with pytest.raises(ConfigError, match=message):
-            experiment.method(c, tiny.network(Surgery(**c.surgery.to_dict())), losses)
+            create_method(c, tiny.network(Surgery(**c.surgery.to_dict())), losses)

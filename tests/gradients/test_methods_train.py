@@ -7,7 +7,10 @@ import tiny_run
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
-from dfs_jax import experiment, presets, report, train
+from dfs_jax.config import presets
+from dfs_jax.training import loop, progress
+from dfs_jax.training.run import prepare
+from dfs_jax.training.state import initial_state, restore
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +32,7 @@ def config(preset, *own, network=tiny_run.NETWORK):
 def test_the_deepest_exit_learns(preset):
     own = ["gradients.options.phase_steps=5"] if preset == "meta_gf" else []
     c = config(preset, "train.steps=150", *own, network=NETWORK)
-    losses = tiny_run.losses_of(experiment.prepare(c))
+    losses = tiny_run.losses_of(prepare(c))
     assert losses.shape == (150, 4)
     assert np.isfinite(losses).all()
     # Means over whole cycles of Meta-GF.
@@ -47,17 +50,17 @@ def test_a_method_with_a_state_goes_on_to_the_same_bits(preset, step, tmp_path, 
         workdir = str(tmp_path / name)
         if stopped_at is not None:
             with monkeypatch.context() as patch:
-                patch.setattr(report.Reporter, "step_done", _ending(stopped_at))
+                patch.setattr(progress.Reporter, "step_done", _ending(stopped_at))
                 with pytest.raises(KeyboardInterrupt):
-                    train.train_and_evaluate(c, workdir)
-            run = experiment.prepare(c)
-            reached, state = train.restore(run, workdir)
+                    loop.train_and_evaluate(c, workdir)
+            run = prepare(c)
+            reached, state = restore(run, workdir)
             assert reached == stopped_at - 1
             # Losing the state would be noticed.
-            fresh = train.initial_state(run).method_state
+            fresh = initial_state(run).method_state
             assert not _same_bits(state.method_state, fresh)
-        train.train_and_evaluate(c, workdir)
-        ends.append(jax.device_get(train.restore(experiment.prepare(c), workdir)[1]))
+        loop.train_and_evaluate(c, workdir)
+        ends.append(jax.device_get(restore(prepare(c), workdir)[1]))
     assert _same_bits(*ends)
 
 
@@ -68,7 +71,7 @@ def _same_bits(one, other):
 
 def _ending(step):
     """A `Reporter.step_done` that ends the run in step `step`."""
-    original = report.Reporter.step_done
+    original = progress.Reporter.step_done
 
     def step_done(self, at, *arguments):
         if at == step:

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from dfs_jax import command, experiment, train
 from dfs_jax.interop.__main__ import main
 from dfs_jax.interop.files import read_weights, write_weights
 from dfs_jax.interop.torch import from_state_dict, made_for, to_state_dict
 from dfs_jax.models import create_model
 from dfs_jax.surgery import Surgery
+from dfs_jax.training import workdir as workdirs
+from dfs_jax.training.run import prepare
+from dfs_jax.training.state import restore
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
 
@@ -44,7 +46,7 @@ def loaded(tmp_path_factory):
 
 def test_the_workdir_is_that_of_a_run(loaded):
     entries, workdir = loaded
-    config = command.saved_config(str(workdir))
+    config = workdirs.saved_config(str(workdir))
     assert config.surgery.to_dict() == {
         "beta": 0.25,
         "exit_gradient": "all",
@@ -52,8 +54,8 @@ def test_the_workdir_is_that_of_a_run(loaded):
         "referencing": True,
     }
     assert config.data.name == "digits"
-    run = experiment.prepare(config)
-    step, state = train.restore(run, str(workdir))
+    run = prepare(config)
+    step, state = restore(run, str(workdir))
     assert step == int(state.step) == 0
     want = from_state_dict(_network(beta=0.25), entries)
     jax.tree.map(np.testing.assert_array_equal, state.variables, want)
@@ -80,8 +82,8 @@ def test_a_backbone_with_other_classes(tmp_path):
     assert main(arguments) == 2
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--backbone"]) == 0
-    config = command.saved_config(str(tmp_path / "run"))
-    _, state = train.restore(experiment.prepare(config), str(tmp_path / "run"))
+    config = workdirs.saved_config(str(tmp_path / "run"))
+    _, state = restore(prepare(config), str(tmp_path / "run"))
     found = to_state_dict(_network(), state.variables)
     for name, value in entries.items():
         if found[name].shape == value.shape:

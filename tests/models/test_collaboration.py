@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_networks import SMALL, filled, quickly, small
 
-from dfs_jax import flops, models
+from dfs_jax import models
 from dfs_jax.early_exit import bundle, confidence, export, stages, throughput
 from dfs_jax.early_exit.budget import ALWAYS, Thresholds
 from dfs_jax.early_exit.preprocessing import Preprocessing
@@ -15,6 +15,7 @@ from dfs_jax.gradients import Problem
 from dfs_jax.gradients.bdl import reach, reaching_gradients
 from dfs_jax.gradients.per_exit import exit_gradients
 from dfs_jax.interop import torch
+from dfs_jax.models.cost import CONVENTIONS, exit_costs
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 
@@ -164,9 +165,9 @@ def test_block_dependent_losses_keep_their_blocks():
 def test_cost_counts_what_the_previous_answer_takes():
     model, images, _ = network()
     shape, classes = images.shape[1:], 5
-    for convention in flops.CONVENTIONS:
-        plain = flops.exit_costs(model.clone(collaboration=False), shape, convention=convention)
-        costs = flops.exit_costs(model, shape, convention=convention)
+    for convention in CONVENTIONS:
+        plain = exit_costs(model.clone(collaboration=False), shape, convention=convention)
+        costs = exit_costs(model, shape, convention=convention)
         extra = [0]
         for width in (4, 6):
             products = classes * width + width * classes

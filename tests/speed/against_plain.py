@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dfs_jax import allocator, compiler, step_cost
 from dfs_jax.models import create_model
+from dfs_jax.ops import allocator, compiler
+from dfs_jax.profiling import timing
 from dfs_jax.surgery import Surgery
 from tests import plain_networks
 from tests.summed_loss import summed_loss
@@ -98,11 +99,11 @@ def main() -> int:
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         calls = {version: start(version, arguments, stack) for version in VERSIONS}
-        times = step_cost.time_pairs({"step": calls}, "plain", arguments.pairs)["step"]
+        times = timing.time_pairs({"step": calls}, "plain", arguments.pairs)["step"]
     print(f"{arguments.network}, batch {arguments.batch}, side {arguments.image_size}")
     print(f"plain: {1e3 * times['plain'].median:.0f} ms")
     for version in VERSIONS[1:]:
-        low, middle, high = step_cost.Spread.of(times[version].ratios)
+        low, middle, high = timing.Spread.of(times[version].ratios)
         print(
             f"{version}: {1e3 * times[version].median:.0f} ms, ratio to plain {middle:.3f} "
             f"(quartiles {low:.3f} to {high:.3f}, {arguments.pairs} pairs)"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dfs_jax import config
-from dfs_jax.data import in_memory
+from dfs_jax.data.input import in_memory
 
 AUGMENTATIONS = (
     {"cutout": 16},

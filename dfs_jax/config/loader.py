@@ -1,0 +1,171 @@
+"""A configuration from a file and the command line, and its JSON in a workdir."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from dfs_jax.config.errors import ConfigError, listed, unknown
+from dfs_jax.config.fields import default, set_gradients, set_network
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The configuration of `spec` (`FILE[:preset]`) with `overrides` (`a.b=value`) applied.
+
+    The names of the network and of the gradient method are applied first, so that their own
+    options can be overridden too. Raises ConfigError with one sentence for anything wrong.
+    """
+    file, _, preset = spec.partition(":")
+    c = _get_config(file, preset or None)
+    pairs = [_split(item) for item in overrides]
+    for field, choose in (("model.name", set_network), ("gradients.name", set_gradients)):
+        for path, text in pairs:
+            if path == field:
+                choose(c, text)
+    for path, text in pairs:
+        if path not in ("model.name", "gradients.name"):
+            _override(c, path, text)
+    return c.lock()
+
+
+def load_module(file: str) -> ModuleType:
+    """The module of a configuration file; raises ConfigError if there is none."""
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {file!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {file!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def to_json(c: ml_collections.ConfigDict) -> str:
+    """The configuration as the text of a workdir's `config.json`."""
+    return json.dumps(c.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`; fields that the saved file lacks take today's defaults."""
+    saved = json.loads(text)
+    c = default()
+    set_network(c, saved["model"]["name"])
+    set_gradients(c, saved["gradients"]["name"])
+    with c.unlocked():
+        _merge(c, saved)
+    return c.lock()
+
+
+def differences(
+    there: ml_collections.ConfigDict, now: ml_collections.ConfigDict, *, ignored: Iterable[str] = ()
+) -> list[str]:
+    """Lines `field: value there, value now` of every field that differs.
+
+    `ignored` names fields ("data.dir") and whole sections ("mesh") that may differ.
+    """
+    before, after, ignored = _flatten(there), _flatten(now), set(ignored)
+    lines = []
+    for path in sorted(before.keys() | after.keys()):
+        skip = path in ignored or path.split(".")[0] in ignored
+        if not skip and before.get(path) != after.get(path):
+            lines.append(f"{path}: {before.get(path)!r} there, {after.get(path)!r} now")
+    return lines
+
+
+def _flatten(c: ml_collections.ConfigDict) -> dict[str, Any]:
+    flat = {}
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(json.loads(to_json(c)), "")
+    return flat
+
+
+def _merge(c: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        if isinstance(value, Mapping) and isinstance(c.get(key), ml_collections.ConfigDict):
+            _merge(c[key], value)
+        elif value is not None:
+            c[key] = _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists, at any depth, as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _get_config(file: str, preset: str | None) -> ml_collections.ConfigDict:
+    module = load_module(file)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config: {file!r} has no function get_config(preset)")
+    try:
+        return module.get_config(preset)
+    except (AttributeError, KeyError, TypeError) as error:  # a wrong field or type in the file
+        # ml_collections quotes its own message once more, which escapes its line break.
+        reason = str(error.args[0] if error.args else error)
+        reason = reason.replace("\\n", "; ").replace("\\", "")
+        raise ConfigError(f"{file}: {reason}") from error
+
+
+def _split(item: str) -> tuple[str, str]:
+    path, equals, text = item.partition("=")
+    if not equals:
+        raise ConfigError(f"--config.{item}: give a value as --config.{item}=VALUE")
+    return path, text
+
+
+def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
+    *parents, leaf = path.split(".")
+    node: Any = c
+    for depth, key in enumerate([*parents, leaf]):
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise ConfigError(f"config.{path}: {'.'.join(parents[:depth])} has no fields")
+        if key not in node:
+            raise ConfigError(f"config.{path}: {unknown(key, node, 'field')}")
+        if depth < len(parents):
+            node = node[key]
+    if isinstance(node[leaf], ml_collections.ConfigDict):
+        raise ConfigError(f"config.{path} is a section; its fields: {listed(node[leaf])}")
+    try:
+        value = _parse(text, node.get_type(leaf))
+        # Only placeholders, which ml_collections keeps as references, can be None.
+        fields = dict(node.items(preserve_field_references=True))
+        if value is None and not isinstance(fields[leaf], config_dict.FieldReference):
+            raise ValueError(text)
+        node[leaf] = value
+    except (TypeError, ValueError):
+        kind = node.get_type(leaf).__name__
+        raise ConfigError(f"config.{path}: {text!r} is not a value of type {kind}") from None
+
+
+def _parse(text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        raise ValueError(text) from None
+    if kind is tuple and not isinstance(value, tuple):
+        return tuple(value) if isinstance(value, list) else (value,)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind and value is not None:
+        raise ValueError(text)
+    return value

@@ -1,0 +1,112 @@
+"""The method words of presets: what a word such as "dfs" or "pcgrad" sets, in every file alike.
+
+Each stands for a row of the published tables (arXiv 2407.13986), on
+whatever recipe the configuration file has. A file takes `METHODS` as it is, or adds to a word what
+its own networks need. `SECOND_STAGES` are words for runs that start from another run's weights.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from dfs_jax.config import set_gradients
+from dfs_jax.config.errors import ConfigError
+
+
+def apply_preset(
+    c: ml_collections.ConfigDict,
+    preset: str | None,
+    *,
+    networks: Mapping[str, Callable[[ml_collections.ConfigDict], None]],
+    methods: Mapping[str, Callable[[ml_collections.ConfigDict], None]],
+) -> ml_collections.ConfigDict:
+    """Apply a comma list of at most one network word and one method word, in any order.
+
+    The first entry of `networks` and of `methods` is the default. Each value changes `c` in
+    place; the network's change comes first. Raises ConfigError for an unknown or second word.
+    """
+    chosen = {"network": next(iter(networks)), "method": next(iter(methods))}
+    seen: dict[str, str] = {}
+    for word in filter(None, (w.strip() for w in (preset or "").split(","))):
+        kind = "network" if word in networks else "method" if word in methods else None
+        if kind is None:
+            raise ConfigError(
+                f"preset word {word!r} is unknown; networks: {', '.join(networks)}; "
+                f"methods: {', '.join(methods)}"
+            )
+        if kind in seen:
+            raise ConfigError(f"preset names two {kind}s, {seen[kind]!r} and {word!r}; give one")
+        seen[kind] = chosen[kind] = word
+    networks[chosen["network"]](c)
+    methods[chosen["method"]](c)
+    return c
+
+
+Preset = Callable[[ml_collections.ConfigDict], None]
+
+
+def surgery(exit_gradient: str) -> Preset:
+    """Deep Feature Surgery whose exits train the channels `exit_gradient`."""
+
+    def apply(c: ml_collections.ConfigDict) -> None:
+        set_gradients(c, "joint")
+        c.surgery.partition = True
+        c.surgery.referencing = True
+        c.surgery.exit_gradient = exit_gradient
+
+    return apply
+
+
+def method(name: str, **options: Any) -> Preset:
+    """Gradient method `name` on the whole features, without surgery."""
+
+    def apply(c: ml_collections.ConfigDict) -> None:
+        set_gradients(c, name, **options)
+        c.surgery.partition = False
+
+    return apply
+
+
+METHODS: dict[str, Preset] = {
+    "dfs": surgery("own"),  # the paper's definition
+    "dfs_all": surgery("all"),  # what the official MSDNet code ran, and its published rows report
+    "joint": method("joint"),  # MSDNet, DSN
+    "ge": method("equilibrium"),
+    "pcgrad": method("pcgrad"),
+    "cagrad": method("cagrad"),
+    "nash_mtl": method("nash_mtl"),
+    "meta_gf": method("meta_gf"),
+    "bdl1": method("bdl", variant="overlap", final_loss=False),
+    "bdl2": method("bdl", variant="overlap", final_loss=True),
+    "wpn": method("l2w_den"),
+}
+
+
+# Everything but the last dense layer of each exit and what collaboration adds, in any network.
+_BACKBONE = r"^(?!collaborators_|heads_|exits_\d+/(dense|fc|head)/)"
+
+
+def imta(c: ml_collections.ConfigDict) -> None:
+    """The second stage of IMTA (ICCV 2019, arXiv 1908.06294), on the weights of a run with `ge`.
+
+        --config FILE:ge                                       --workdir FIRST
+        --config FILE:imta --config.train.init_from=FIRST      --workdir SECOND
+
+    The backbone is frozen; exits see the previous exit's answer and learn from the last one's
+    (one-for-all distillation, T = 1 and a share of 0.1 as for ImageNet). The official code starts
+    the last layers afresh, and its teacher is the first stage's last exit, of which the last one
+    learns too; here they go on from the first stage, and the teacher is today's last exit.
+    """
+    method("joint")(c)
+    c.model.options.collaboration = True
+    c.model.options.adapters = False
+    c.objective.logit_weight = 0.1
+    c.objective.temperature = 1.0
+    c.objective.scale_by_temperature = True
+    c.objective.feature_weight = 0.0
+    c.train.freeze = (_BACKBONE,)
+    c.train.conflict_every = 0  # nothing that two exits share is trained
+
+
+SECOND_STAGES: dict[str, Preset] = {"imta": imta}

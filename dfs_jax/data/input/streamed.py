@@ -1,0 +1,358 @@
+"""Data sets too large for memory: decoded on the host while training runs, finished on the device.
+
+`create` serves any `records.Records` by the contract of `pipeline`. Each host reads the records
+of its own rows (`streams` says which), decodes and crops them (`decode`), and puts uint8 pixels on
+its devices, where they are augmented and normalised, with keys of (seed, step, row) as for sets in
+memory. Here too is what happens to records that cannot be used. Files are other modules' matter.
+
+Going on in the middle of an epoch takes no time for files with an index (`records.Indexed`). For
+TFRECORD files it takes as long as reading the epoch's records so far without decoding them: a core
+passes about 27,000 ImageNet records (2.8 GB) a second, so that the disk decides. `python -m
+dfs_jax.benchmark --input_only --start STEP` tells.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dfs_jax.config import ConfigError
+from dfs_jax.data import pipeline
+from dfs_jax.data.augment import chain, mixing, normalization
+from dfs_jax.data.input import decode, order
+from dfs_jax.data.input.records import Records
+from dfs_jax.data.pipeline import Batch, Data, DataError, Spec
+
+log = logging.getLogger(__name__)
+
+HostBatch = dict[str, np.ndarray]  # the rows of a batch that one host makes
+
+_TOLD = 10  # damaged records that the log names one by one
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for fields of `config.data` that no streamed set can use."""
+    d = config.data
+    pipeline.check_batch(config, devices=1)
+    pipeline.check_seed(config)
+    if d.image_size < 1:
+        raise ConfigError(
+            f"data.image_size {d.image_size}: data set {d.name!r} needs the pixels a side of the "
+            "crops, for instance 224"
+        )
+    if d.on_error not in ("raise", "skip"):
+        raise ConfigError(f"data.on_error must be 'raise' or 'skip', got {d.on_error!r}")
+    if d.backend not in ("tf", "grain"):
+        raise ConfigError(f"data.backend must be 'tf' or 'grain', got {d.backend!r}")
+    if d.shuffle_buffer < 1:
+        raise ConfigError(f"data.shuffle_buffer {d.shuffle_buffer} is not a positive number")
+    if not 0 < d.crop_area <= 1:
+        raise ConfigError(f"data.crop_area {d.crop_area} is not in (0, 1]")
+    if d.validation_size < -1:
+        raise ConfigError(f"data.validation_size {d.validation_size} is negative; 0: none")
+
+
+def create(
+    config: ml_collections.ConfigDict,
+    *,
+    name: str,
+    train: Records,
+    test: Records,
+    class_names: Sequence[str],
+    own_validation: Records | None = None,
+    statistics: str | None = None,
+) -> Data:
+    """Serve splits as `config`, which has passed `check`, says.
+
+    The validation split is the last `data.validation_size` records of `train`, or, for -1,
+    `own_validation`; it is read like the test split. `statistics` is the entry of
+    `augment.STATISTICS` for normalization="own", None if there is none. Raises ConfigError.
+    """
+    hosts, held = jax.process_count(), config.data.validation_size
+    if held == -1 and own_validation is None:
+        raise ConfigError(
+            f"data.validation_size -1, but {name} has no validation split beside its test split; "
+            "give the number of training examples to hold out, or 0"
+        )
+    if held >= train.size:
+        raise ConfigError(
+            f"data.validation_size {held} leaves none of the {train.size} training examples; "
+            f"give 0 (no validation split) to {train.size - 1}"
+        )
+    if statistics is None and config.data.normalization == "own":
+        raise ConfigError(
+            f"data.normalization 'own', but the statistics of {name} are not known; choose one of "
+            f"{', '.join(sorted(normalization.STATISTICS))}"
+        )
+    side = config.data.image_size
+    size = train.size - max(held, 0)
+    plan = order.create(config, size, hosts)
+    normalisation = normalization.statistics(config, own=statistics or name, channels=3)
+
+    def decoder(records: Records) -> decode.Decoder:
+        return decode.Decoder(
+            records.parse, side, len(class_names), config.data.crop_area, config.data.antialias
+        )
+
+    def evaluated(records: Records, first: int, last: int) -> "StreamedEval":
+        return StreamedEval(
+            _Rows(records, decoder(records), config.data.on_error),
+            (first, last),
+            config.train.eval_batch_size,
+            normalisation,
+        )
+
+    if held == -1:
+        validation = evaluated(own_validation, 0, own_validation.size)
+    else:
+        validation = evaluated(train, size, train.size) if held else None
+    return Data(
+        train=StreamedTrain(
+            _Rows(train, decoder(train), config.data.on_error),
+            plan,
+            chain.from_config(config, (side, side, 3)),
+            mixing.from_config(config),
+            normalisation,
+        ),
+        validation=validation,
+        test=evaluated(test, 0, test.size),
+        spec=Spec(
+            name=name,
+            image_shape=(side, side, 3),
+            num_classes=len(class_names),
+            class_names=tuple(class_names),
+            train_size=size,
+            validation_size=validation.size if validation else 0,
+            test_size=test.size,
+        ),
+    )
+
+
+class StreamedTrain:
+    """A `pipeline.TrainSource` over streams of records."""
+
+    def __init__(
+        self,
+        rows: "_Rows",
+        plan: order.Streams,
+        augmentation: chain.Augmentation,
+        mixed: mixing.Mixing,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    ):
+        self.size = plan.size
+        self._rows, self._plan = rows, plan
+        self._augmentation, self._mixed = augmentation, mixed
+        self._normalisation = normalisation
+        self._finish = _per_sharding(self._finished)
+
+    @property
+    def skipped(self) -> int:
+        """Damaged records that this process has replaced so far."""
+        return self._rows.skipped
+
+    def batches(self, start: int, sharding: NamedSharding | None = None) -> Iterator[Batch]:
+        """See `pipeline.TrainSource`; this process decodes the rows of its own devices."""
+        size = self._plan.batch_size
+        rows = order.process_rows(size, sharding)
+        finish = self._finish(sharding)
+        classes = self._rows.decoder.num_classes
+        mix = mixing.compiled(self._mixed, self._plan.seed, classes, sharding)
+
+        def make(step: int, part: HostBatch) -> Batch:
+            number = pipeline.place(np.uint32(step), _replicated(sharding))
+            return mix(finish(_place_rows(part, rows, size, sharding), number), number)
+
+        return _one_ahead(make(*item) for item in enumerate(self.examples(start, rows), start))
+
+    def examples(self, start: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        """Rows `rows` (n,) of the batches of steps `start`, ... before what the device does.
+
+        `image` (n, H, W, 3) uint8, `label` (n,) int32. `streams.host_rows` gives the rows of one
+        of several hosts. A damaged record raises DataError, or with data.on_error="skip" is
+        replaced by the next good row of its stream in the batch, else of the host's rows.
+        """
+        import tensorflow as tf
+
+        plan, rows = self._plan, np.asarray(rows, np.int64)
+        own_stream = rows // plan.rows_per_stream
+        places = tf.constant(rows)
+
+        def positioned(count, record):
+            step, place = start + count // len(rows), tf.gather(places, count % len(rows))
+            return *record, step * plan.batch_size + place
+
+        records = self._rows.records.shuffled(plan, start, rows).enumerate().map(positioned)
+        batches = self._rows.decoder.batches(records, len(rows), plan.seed, remainder=False)
+        for batch in batches.as_numpy_iterator():
+            usable = self._rows.usable(batch)
+            chosen = np.arange(len(rows)) if usable.all() else _replaced(usable, own_stream)
+            if chosen is None:
+                raise DataError(
+                    f"none of the {len(rows)} records of a batch can be used; the first one is "
+                    f"{self._rows.records.where(int(batch['index'][0]))}"
+                )
+            yield {key: batch[key][chosen] for key in ("image", "label")}
+
+    def _finished(self, batch, step):
+        key = jax.random.fold_in(jax.random.key(self._plan.seed, impl="threefry2x32"), step)
+
+        def example(place, image):
+            return chain.apply(self._augmentation, jax.random.fold_in(key, place), image)
+
+        places = jnp.arange(len(batch["image"]), dtype=jnp.uint32)
+        images = jax.vmap(example)(places, batch["image"])
+        return {**batch, "image": normalization.normalise(images, *self._normalisation)}
+
+
+class StreamedEval:
+    """A `pipeline.EvalSource` over records `extent[0]` to `extent[1]` - 1.
+
+    Each of n hosts reads one of n contiguous parts; a host whose part is shorter by one fills up
+    with masked rows, so that all have the same number of batches.
+    """
+
+    def __init__(
+        self,
+        rows: "_Rows",
+        extent: tuple[int, int],
+        batch_size: int,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    ):
+        self.size = extent[1] - extent[0]
+        self.num_batches = _num_batches(self.size, batch_size, jax.process_count())
+        self._rows, self._extent, self._batch_size = rows, extent, batch_size
+        self._normalisation = normalisation
+        self._finish = _per_sharding(self._finished)
+
+    def batches(self, sharding: NamedSharding | None = None) -> Iterator[Batch]:
+        """See `pipeline.EvalSource`; a damaged record that is skipped has mask False."""
+        rows = order.process_rows(self._batch_size, sharding)
+        finish = self._finish(sharding)
+        parts = self.examples(jax.process_index(), jax.process_count())
+        return _one_ahead(
+            finish(_place_rows(part, rows, self._batch_size, sharding)) for part in parts
+        )
+
+    def examples(self, host: int, hosts: int) -> Iterator[HostBatch]:
+        """The rows of host number `host` of `hosts`, before what the device does.
+
+        `image` (n, H, W, 3) uint8, `label` (n,) int32, `mask` (n,) bool, n = B / hosts.
+        """
+        width = self._batch_size // hosts
+        first, last = (self._extent[0] + self.size * edge // hosts for edge in (host, host + 1))
+        records = self._rows.records.ordered(first, last).map(lambda *record: (*record, 0))
+        batches = self._rows.decoder.batches(records, width, seed=None, remainder=True)
+        before, part = self._rows.skipped, None
+        for batch in batches.as_numpy_iterator():
+            part = _padded({**batch, "mask": self._rows.usable(batch)}, width)
+            yield part
+        made = -(-(last - first) // width)
+        for _ in range(made, _num_batches(self.size, self._batch_size, hosts)):
+            part = part or self._blank(width)
+            yield {**part, "mask": np.zeros(width, bool)}
+        if self._rows.skipped > before:
+            skipped = self._rows.skipped - before
+            log.warning("evaluation: %d of %d examples skipped", skipped, last - first)
+
+    def _blank(self, width: int) -> HostBatch:
+        side = self._rows.decoder.size
+        return {"image": np.zeros((width, side, side, 3), np.uint8), "label": np.zeros(width, "i4")}
+
+    def _finished(self, batch):
+        return {**batch, "image": normalization.normalise(batch["image"], *self._normalisation)}
+
+
+class _Rows:
+    """Records with their decoder, and the count of the damaged ones among them."""
+
+    def __init__(self, records: Records, decoder: decode.Decoder, on_error: str):
+        self.records, self.decoder = records, decoder
+        self.skipped = 0
+        self._on_error = on_error
+
+    def usable(self, batch: HostBatch) -> np.ndarray:
+        """Which rows (n,) of a decoded batch are good; raises DataError unless told to skip."""
+        usable = batch["status"] == decode.USABLE
+        for row in np.flatnonzero(~usable):
+            message = (
+                f"{self.records.where(int(batch['index'][row]))} "
+                f"{decode.DAMAGED[int(batch['status'][row])]}"
+            )
+            if self._on_error == "raise":
+                raise DataError(f"{message}; mend it, or set data.on_error to 'skip'")
+            self.skipped += 1
+            # Named one by one at first, then ever more rarely: 16th, 32nd, 64th, ...
+            if self.skipped <= _TOLD or self.skipped & (self.skipped - 1) == 0:
+                log.warning("%s; %d skipped so far", message, self.skipped)
+        return usable
+
+
+def _replaced(usable: np.ndarray, stream: np.ndarray) -> np.ndarray | None:
+    """For each row (n,) the good one that stands in for it, itself if good; None without any."""
+    good = np.flatnonzero(usable)
+    if not len(good):
+        return None
+    chosen = np.arange(len(usable))
+    for row in np.flatnonzero(~usable):
+        distance = (good - row) % len(usable)
+        # Rows of its own stream first: they are the same on any number of hosts.
+        chosen[row] = good[np.lexsort((distance, stream[good] != stream[row]))[0]]
+    return chosen
+
+
+def _padded(batch: HostBatch, width: int) -> HostBatch:
+    """`image`, `label` and `mask` with the last row repeated up to `width` rows, mask False."""
+    missing = width - len(batch["mask"])
+    chosen = np.minimum(np.arange(width), width - missing - 1)
+    mask = batch["mask"][chosen] & (np.arange(width) < width - missing)
+    return {"image": batch["image"][chosen], "label": batch["label"][chosen], "mask": mask}
+
+
+def _num_batches(size: int, batch_size: int, hosts: int) -> int:
+    longest = -(-size // hosts)
+    return -(-longest // (batch_size // hosts))
+
+
+def _place_rows(
+    part: HostBatch, rows: np.ndarray, batch_size: int, sharding: NamedSharding | None
+) -> Batch:
+    """The global batch of which this process has `rows`; transfers are explicit, see `place`."""
+    if sharding is None:
+        return jax.device_put(part)
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (batch_size, *array.shape[1:])
+        pieces = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            wanted = np.arange(batch_size)[index[0]]
+            first = np.searchsorted(rows, wanted[0])
+            pieces.append(jax.device_put(array[first : first + len(wanted)], device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return {key: place(array) for key, array in part.items()}
+
+
+def _per_sharding(function: Callable[..., Batch]) -> Callable[..., Callable[..., Batch]]:
+    compiled: dict[NamedSharding | None, Callable[..., Batch]] = {}
+
+    def of(sharding: NamedSharding | None) -> Callable[..., Batch]:
+        if sharding not in compiled:
+            compiled[sharding] = jax.jit(function, out_shardings=sharding)
+        return compiled[sharding]
+
+    return of
+
+
+def _replicated(sharding: NamedSharding | None) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each sent to the devices while its predecessor is in use."""
+    for ready, _ in itertools.pairwise(itertools.chain(batches, [None])):
+        yield ready

@@ -1,0 +1,1 @@
+"""Measurements of a trained run: anytime, budgeted, calibration, conflict; tables, files, plots."""

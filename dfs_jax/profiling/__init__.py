@@ -1,0 +1,1 @@
+"""What training costs: programs, seconds, bytes. Everything here calls what training calls."""

@@ -1,0 +1,84 @@
+"""The runs of a grid, one after another, and the report on all that are finished.
+
+A finished run is skipped, an unfinished one goes on where it stopped, a failed one is listed and
+the rest go on. Which runs a grid has is in `grid.py`, what is written in `report.py`.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from dfs_jax.config import command
+from dfs_jax.evaluation import conflict
+from dfs_jax.sweeps import report
+from dfs_jax.sweeps.grid import Cell, Grid
+from dfs_jax.training import loop, metrics
+from dfs_jax.training.save_policy import Preempted
+
+log = logging.getLogger(__name__)
+
+
+_SECONDS = "seconds.txt"  # of a run: how long the process that finished it took
+
+
+def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] = (1, 1)) -> bool:
+    """Train the runs of `shard` (k of n, from 1) and report on all that are finished.
+
+    Returns whether every run of the shard succeeded.
+    """
+    directory = epath.Path(workdir)
+    mine = runs[shard[0] - 1 :: shard[1]]
+    failed: dict[str, str] = {}
+    began, trained = time.monotonic(), 0
+    for number, cell in enumerate(mine, 1):
+        place = directory / "runs" / cell.name
+        if scores(place) is not None:
+            log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
+            continue
+        log.info("[%d/%d] %s", number, len(mine), cell.name)
+        since = time.monotonic()
+        try:
+            command.configure_jax(cell.config)
+            loop.train_and_evaluate(cell.config, str(place))
+        except Preempted:  # the machine is wanted back: the grid ends, and goes on from here
+            raise
+        except Exception as error:  # one bad run must not cost the night's others
+            failed[cell.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("%s failed: %s", cell.name, failed[cell.name])
+        else:
+            trained += 1
+            seconds = time.monotonic() - since
+            (place / _SECONDS).write_text(f"{seconds:.1f}\n")
+            left = (time.monotonic() - began) / number * (len(mine) - number)
+            log.info("%s took %.0f s; about %.0f min to go", cell.name, seconds, left / 60)
+        jax.clear_caches()  # the next run compiles programs of its own
+    rows = []
+    for cell in runs:
+        place = directory / "runs" / cell.name
+        result = scores(place)
+        if result is not None:
+            history = conflict.of_workdir(place)
+            rows.append(report.Row(cell.labels, result, _seconds(place), history))
+    if rows:
+        report.write(directory, rows, grid.baseline)
+        print(report.markdown(rows, grid.baseline), flush=True)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", flush=True)
+    print(f"{len(rows)} of {len(runs)} runs are finished; report in {directory}", flush=True)
+    return not failed
+
+
+def scores(place: epath.Path) -> dict[str, float] | None:
+    """The test metrics of the finished run in `place`, or None if it is unfinished."""
+    final = [line for line in metrics.read_metrics(place) if "test/ensemble/top1" in line]
+    if not final:
+        return None
+    return {name: value for name, value in final[-1].items() if name.startswith("test/")}
+
+
+def _seconds(place: epath.Path) -> float | None:
+    path = place / _SECONDS
+    return float(path.read_text()) if path.exists() else None

@@ -1,0 +1,1 @@
+"""One training run: configuration made into objects, state, step, loop, and its workdir."""

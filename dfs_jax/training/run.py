@@ -1,0 +1,215 @@
+"""The choices of a configuration made into objects: network, objective, gradient method.
+
+`prepare` makes all of them; it checks every value first, so that a configuration is refused
+before data are prepared or anything is compiled.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from dfs_jax import data, gradients, models
+from dfs_jax.config import ConfigError
+from dfs_jax.data import pipeline
+from dfs_jax.distributed import placement
+from dfs_jax.gradients import GradientMethod
+from dfs_jax.models import MultiExit
+from dfs_jax.objectives import Objective
+from dfs_jax.surgery import Surgery
+from dfs_jax.training import freeze, optim
+from dfs_jax.training import workdir as workdirs
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+class Run(NamedTuple):
+    """The pieces of one run, made from its configuration."""
+
+    config: ml_collections.ConfigDict
+    data: data.Data
+    network: MultiExit
+    objective: Objective
+    method: GradientMethod
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[int], Any]
+    mesh: jax.sharding.Mesh
+    steps_per_epoch: float
+    total_steps: int
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: str | None = None,
+    *,
+    source: data.Data | None = None,
+) -> Run:
+    """Check the whole configuration, then prepare its data; nothing is compiled.
+
+    With a `workdir`, refuses one that another experiment used. A `source` takes the place of
+    the configured data. Raises ConfigError.
+    """
+    model = network(config, num_classes=1)
+    losses = objective(config, model.num_exits)
+    updates = method(config, model, losses)
+    _check_train(config, model.num_exits)
+    optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
+    mesh = placement.create_mesh(config)
+    pipeline.check_batch(config, mesh.size)
+    _check_accumulation(config, mesh.size)
+    workdirs.check_source(config)
+    if config.train.freeze and not config.train.init_from:
+        log.warning(
+            "train.freeze keeps fresh weights; train.init_from names the run that has better ones"
+        )
+    if workdir is not None:
+        workdirs.check(config, workdir)
+
+    if source is None:
+        source = data.create(config)
+    model = model.clone(num_classes=source.spec.num_classes)
+    _check_images(model, losses, source.spec.image_shape, config.train.freeze)
+    steps_per_epoch = source.train.size / config.train.batch_size
+    total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    if total % updates.cycle:
+        log.warning(
+            "the run's %d steps end within a cycle of %d steps of gradients %s: its last "
+            "parameters are unfinished",
+            total,
+            updates.cycle,
+            config.gradients.name,
+        )
+    optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
+    optimizer = freeze.optimizer(optimizer, config.train.freeze)
+    return Run(
+        config, source, model, losses, updates, optimizer, schedule, mesh, steps_per_epoch, total
+    )
+
+
+def network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
+    """The configured network. Raises ConfigError for an unknown name or bad values."""
+    if config.train.precision not in PRECISIONS:
+        raise ConfigError(
+            f"train.precision must be one of {', '.join(PRECISIONS)}, "
+            f"got {config.train.precision!r}"
+        )
+    options = config.model.options.to_dict()
+    with _refusals():
+        model = models.create_model(
+            config.model.name,
+            num_classes=num_classes,
+            surgery=Surgery(**config.surgery.to_dict()),
+            dtype=np.dtype(_dtype(config.train.precision)),
+            **options,
+        )
+    return model.clone(rematerialise=config.train.rematerialise)
+
+
+def objective(config: ml_collections.ConfigDict, num_exits: int) -> Objective:
+    """The configured losses for a network of `num_exits`. Raises ConfigError for bad values."""
+    with _refusals():
+        chosen = Objective(**config.objective.to_dict())
+        chosen.check(num_exits)
+    return chosen
+
+
+def method(
+    config: ml_collections.ConfigDict, network: MultiExit, objective: Objective
+) -> GradientMethod:
+    """The configured gradient method for a network and its losses.
+
+    Raises ConfigError for an unknown name, bad values, and what makes no sense together.
+    """
+    name, options = config.gradients.name, config.gradients.options.to_dict()
+    with _refusals():
+        chosen = gradients.create(name, num_exits=network.num_exits, **options)
+        chosen.check(network, objective)
+    if chosen.cycle > 1 and config.train.accumulation > 1:
+        raise ConfigError(
+            f"gradients {name} restarts from earlier parameters and has no gradients to "
+            f"accumulate; train.accumulation must be 1, got {config.train.accumulation}"
+        )
+    return chosen
+
+
+def _dtype(precision: str):
+    import ml_dtypes  # numpy's own types lack bfloat16
+
+    return ml_dtypes.bfloat16 if precision == "bfloat16" else precision
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what the constructors refuse into ConfigErrors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
+    train = config.train
+    if (train.epochs > 0) == (train.steps > 0):
+        raise ConfigError(
+            "set exactly one of train.epochs and train.steps to a positive number, "
+            f"got {train.epochs} and {train.steps}"
+        )
+    for field in ("eval_every", "checkpoint_every", "log_every", "conflict_every"):
+        if train[field] < (field == "log_every"):
+            raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
+    if not 0 <= train.ema < 1:
+        raise ConfigError(f"train.ema must lie in [0, 1), got {train.ema}")
+    steps = tuple(train.profile_steps)
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(
+            f"train.profile_steps must be (), or (first, last) with 1 <= first, got {steps}"
+        )
+    if not 0 <= train.peak_flops < math.inf:
+        raise ConfigError(f"train.peak_flops must be 0 or more, got {train.peak_flops}")
+    if not train.checkpoint_minutes >= 0:
+        raise ConfigError(
+            f"train.checkpoint_minutes must be 0 or more, got {train.checkpoint_minutes}"
+        )
+    names = [f"eval/exit{i}/top1" for i in range(1, num_exits + 1)]
+    names += ["eval/mean/top1", "eval/ensemble/top1"]
+    if train.best_metric not in names:
+        raise ConfigError(
+            f"train.best_metric must be one of {', '.join(names)}, got {train.best_metric!r}"
+        )
+
+
+def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None:
+    count, batch_size = config.train.accumulation, config.train.batch_size
+    if count < 1 or batch_size % (count * devices):
+        raise ConfigError(
+            f"train.accumulation = {count} does not cut train.batch_size {batch_size} into equal "
+            f"microbatches for {devices} devices"
+        )
+
+
+def _check_images(
+    network: MultiExit,
+    losses: Objective,
+    image_shape: tuple[int, int, int],
+    frozen: Sequence[str],
+) -> None:
+    """Check what depends on the size of the images: input, features and parameter names."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    try:
+        outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
+    except ValueError as error:
+        raise ConfigError(f"{error}; see data.image_size") from error
+    with _refusals():
+        losses.check_features([feature.shape for feature in outputs.features])
+    freeze.check(frozen, variables["params"])

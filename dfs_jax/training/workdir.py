@@ -1,0 +1,94 @@
+"""The workdir of a run: one experiment each, told apart by the saved configuration."""
+
+import jax
+import ml_collections
+from etils import epath
+
+from dfs_jax import config as configuration
+from dfs_jax.config import ConfigError
+from dfs_jax.config.command import configure_jax
+
+
+def saved_config(workdir: str) -> ml_collections.ConfigDict:
+    """The configuration that a run saved in `workdir`, for commands that read a trained run.
+
+    Raises ConfigError if there is none.
+    """
+
+    config = load(workdir)
+    if config is None:
+        raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
+    configure_jax(config)
+    return config
+
+
+# What may change between two runs in one workdir; a change elsewhere is another experiment.
+_FREE = {
+    "data.dir",
+    "mesh",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.compilation_cache",
+    "train.conflict_every",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.log_every",
+    "train.peak_flops",
+    "train.profile_steps",
+}
+
+
+def load(workdir: str) -> ml_collections.ConfigDict | None:
+    """The configuration saved in `workdir`, or None if there is none; raises ConfigError."""
+    saved = epath.Path(workdir) / "config.json"
+    try:
+        text = saved.read_text() if saved.exists() else None
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
+    if text is None:
+        return None
+    try:
+        return configuration.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--workdir: {saved} is not a saved configuration: {error}") from error
+
+
+def check(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
+    before = load(workdir)
+    if before is None:
+        return
+    free = set(_FREE)
+    if config.optimizer.schedule != "cosine":  # the others do not depend on the run's length
+        free |= {"train.epochs", "train.steps"}
+    lines = configuration.differences(before, config, ignored=free)
+    if lines:
+        raise ConfigError(
+            f"--workdir: {workdir} holds another experiment; {'; '.join(lines)}. "
+            "Choose another workdir, or the saved values"
+        )
+
+
+def check_source(config: ml_collections.ConfigDict) -> None:
+    """Raise ConfigError if `train.init_from` is set and is no workdir with a checkpoint."""
+    source = config.train.init_from
+    if not source:
+        return
+    checkpoints = epath.Path(source) / "checkpoints"
+    if not checkpoints.exists() or not any(p.name.isdecimal() for p in checkpoints.iterdir()):
+        raise ConfigError(f"train.init_from: {source} is no workdir with a checkpoint")
+
+
+def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
+    """Make the workdir if need be and save the configuration there; raises ConfigError."""
+    directory = epath.Path(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            # Renamed into place, so that a kill in between leaves a whole file or none.
+            unfinished = directory / "config.json.tmp"
+            unfinished.write_text(configuration.to_json(config))
+            unfinished.replace(directory / "config.json")
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+    return directory

@@ -1,0 +1,210 @@
+"""Grids of runs and their report; training is replaced by a function that writes metrics."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+
+from dfs_jax import ablate
+from dfs_jax.sweeps import grid, report, runs
+from dfs_jax.sweeps.report import Row
+from dfs_jax.training import loop
+from dfs_jax.training.save_policy import Preempted
+
+GRID = """
+from dfs_jax.ablate import Grid
+
+def get_grid():
+    return Grid(
+        base="{base}",
+        axes={{
+            "method": {{"joint": ["preset=joint"], "dfs": ["preset=dfs", "surgery.beta=0.25"]}},
+            "train.batch_size": (32, 64),
+            "seeds": range(3),
+        }},
+        baseline={{"method": "joint"}},
+        overrides=("train.epochs=1.0",),
+    )
+"""
+
+
+@pytest.fixture
+def grid_file(tmp_path, request):
+    base = request.config.rootpath / "configs" / "digits.py"
+    path = tmp_path / "grid.py"
+    path.write_text(GRID.format(base=base))
+    return path
+
+
+class Trainer:
+    """Stands in for training: accuracies are a function of the configuration."""
+
+    def __init__(self, stop_after=math.inf, fails=lambda config: False):
+        self.runs, self.stop_after, self.fails = [], stop_after, fails
+
+    def __call__(self, config, workdir):
+        if len(self.runs) >= self.stop_after:
+            raise KeyboardInterrupt
+        if self.fails(config):
+            raise loop.ConfigError("this one cannot be")
+        self.runs.append(workdir)
+        place = epath.Path(workdir)
+        place.mkdir(parents=True)
+        rng = np.random.default_rng([config.seed, config.train.batch_size])
+        top1 = 0.5 + rng.random(3) / 10 + 0.1 * config.surgery.partition
+        scores = {"step": 7, "test/ensemble/top1": top1[2], "test/exit1/loss": 1.0}
+        for i in (1, 2):
+            scores |= {f"test/exit{i}/top1": top1[i - 1], f"test/exit{i}/cost": 1000.0 * i}
+        (place / "metrics.jsonl").write_text(json.dumps(scores) + "\n")
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    def use(**options):
+        made = Trainer(**options)
+        monkeypatch.setattr(loop, "train_and_evaluate", made)
+        return made
+
+    return use
+
+
+def test_every_combination_is_one_run_of_its_own_configuration(grid_file):
+    _, runs = grid.load(str(grid_file))
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 3
+    for run in runs:
+        assert run.config.surgery.partition == (run.labels["method"] == "dfs")
+        assert run.config.train.batch_size == int(run.labels["train.batch_size"])
+        assert run.config.seed == run.config.data.seed == int(run.labels["seeds"])
+        assert run.config.train.epochs == 1.0
+        assert run.config.surgery.beta == (0.25 if run.labels["method"] == "dfs" else 0.5)
+
+
+def test_shards_cover_the_grid_once_and_report_together(grid_file, tmp_path, trainer):
+    made = trainer()
+    found, cells = grid.load(str(grid_file))
+    for k in range(1, 6):
+        assert runs.run(found, cells, str(tmp_path / "work"), (k, 5))
+    names = [path.rsplit("/", 1)[-1] for path in made.runs]
+    assert sorted(names) == sorted(cell.name for cell in cells)
+    with open(tmp_path / "work" / "results.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(cells)
+
+
+def test_a_grid_that_was_stopped_ends_with_the_same_bytes(grid_file, tmp_path, trainer):
+    found, cells = grid.load(str(grid_file))
+    trainer()
+    runs.run(found, cells, str(tmp_path / "whole"))
+    trainer(stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(found, cells, str(tmp_path / "stopped"))
+    again = trainer()
+    runs.run(found, cells, str(tmp_path / "stopped"))
+    assert len(again.runs) == len(cells) - 5, "finished runs are not trained again"
+    whole, stopped = (tmp_path / d / "results.csv" for d in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+
+
+def test_a_grid_that_is_told_to_end_ends(grid_file, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def told(config, workdir):
+        started.append(workdir)
+        raise Preempted("told to end: step 5 is saved; the same command goes on from it")
+
+    monkeypatch.setattr(loop, "train_and_evaluate", told)
+    status = ablate.main(["--config", str(grid_file), "--workdir", str(tmp_path / "grid")])
+    assert status == 1
+    assert len(started) == 1
+    assert "told to end: step 5 is saved" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_listed_and_the_rest_go_on(grid_file, tmp_path, trainer, capsys):
+    made = trainer(fails=lambda config: config.seed == 1 and config.surgery.partition)
+    status = ablate.main(["--config", str(grid_file), "--workdir", str(tmp_path / "work")])
+    assert status == 1
+    assert len(made.runs) == 12 - 2
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"failed: method=dfs.*seeds=1: ConfigError: this one", printed)) == 2
+    assert "10 of 12 runs are finished" in printed
+
+
+def rows_of(values):
+    """Rows of a two-exit network from {(method, seed): (exit 1, exit 2, ensemble)}."""
+    return [
+        Row(
+            {"method": method, "seeds": str(seed)},
+            {
+                "test/exit1/top1": v[0],
+                "test/exit2/top1": v[1],
+                "test/ensemble/top1": v[2],
+                "test/exit1/cost": 10.0,
+                "test/exit2/cost": 20.0,
+            },
+            1.5,
+        )
+        for (method, seed), v in values.items()
+    ]
+
+
+def test_table_has_means_deviations_and_paired_intervals():
+    rng = np.random.default_rng(0)
+    values = {(m, s): rng.random(3) for m in ("joint", "dfs") for s in range(4)}
+    lines = report.markdown(rows_of(values), {"method": "joint"}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    joint, dfs = (np.stack([values[m, s] for s in range(4)]) for m in ("joint", "dfs"))
+    for row, data in zip(cells[2:], (joint, dfs), strict=True):
+        for column, text in enumerate(row[2:5]):
+            other = (dfs if data is joint else joint)[:, column].mean()
+            expected = (
+                f"{100 * data[:, column].mean():.2f} ± {100 * data[:, column].std(ddof=1):.2f}"
+            )
+            best = data[:, column].mean() > other
+            assert text == (f"**{expected}**" if best else expected)
+    t975 = 3.182446305284263  # Student's t, three degrees of freedom
+    gaps = (dfs - joint)[:, 1]
+    half = t975 * gaps.std(ddof=1) / 2
+    assert cells[3][6] == f"{100 * gaps.mean():+.2f} ± {100 * half:.2f}"
+    assert cells[2][5:] == ["", ""], "the baseline is not compared to itself"
+
+
+def test_page_stands_alone(tmp_path):
+    rows = rows_of({("a<b", 0): (0.5, 0.6, 0.7), ("joint", 0): (0.4, 0.5, 0.6)})
+    report.write(epath.Path(tmp_path), rows, {"method": "joint"})
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in page
+    assert "a&lt;b" in page
+    assert 'src="data:image/png;base64,' in page
+    timings = (tmp_path / "timings.csv").read_text()
+    assert timings.splitlines()[0] == "method,seeds,seconds"
+    assert "seconds" not in (tmp_path / "results.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("surgery.beta=0.25", "surgery.bata=0.25"), "did you mean 'beta'"),
+        (("preset=dfs", "preset=dsf"), "preset word 'dsf' is unknown"),
+        (('"method": "joint"}', '"method": "jiont"}'), "baseline names method=jiont"),
+        (("def get_grid", "def grid"), "has no function get_grid"),
+        (("digits.py", "digit.py"), "there is no file"),
+    ],
+)
+def test_bad_grids_are_refused(grid_file, tmp_path, change, message, capsys):
+    text = grid_file.read_text()
+    assert change[0] in text
+    grid_file.write_text(text.replace(*change))
+    status = ablate.main(["--config", str(grid_file), "--workdir", str(tmp_path / "work")])
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b"])
+def test_bad_shards_are_refused(grid_file, tmp_path, shard, capsys):
+    arguments = ["--config", str(grid_file), "--workdir", str(tmp_path / "w"), "--shard", shard]
+    assert ablate.main(arguments) == 2
+    assert "--shard must be K/N" in capsys.readouterr().err

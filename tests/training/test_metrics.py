@@ -1,0 +1,240 @@
+import errno
+import io
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dfs_jax.config.tables import format_table
+from dfs_jax.training import metrics, progress
+from dfs_jax.training.counts import ExitCounts, count_batch, summarise, total_counts
+from dfs_jax.training.metrics import MetricWriter
+
+
+def open_writer(workdir, **options):
+    return MetricWriter(workdir, tensorboard=False, **options)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_line_is_on_disk_when_write_returns(tmp_path):
+    with open_writer(tmp_path / "new") as w:
+        for step in (1, 2):
+            w.write(step, {"train/loss": jnp.float32(0.5), "n": np.int64(step)})
+            assert lines(tmp_path / "new")[-1] == {"step": step, "train/loss": 0.5, "n": step}
+
+
+def test_values_that_json_lacks_are_null_and_read_back_as_nan(tmp_path):
+    with open_writer(tmp_path) as w:
+        w.write(1, {"a": math.nan, "b": jnp.float32(jnp.inf), "c": 0.1})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": 0.1}
+    with open_writer(tmp_path, start_step=1):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    record = metrics.read_metrics(tmp_path)[0]
+    assert math.isnan(record["a"])
+    assert record["c"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 9, "a": 1', '{"step"', "\x00\x00", '{"step": 6, "a": 1.']
+)
+def test_resume_removes_what_lies_beyond_and_a_torn_last_line(tmp_path, torn):
+    with open_writer(tmp_path) as w:
+        for step in range(2, 9, 2):
+            w.write(step, {"train/loss": step / 10})
+        w.write(6, {"eval/mean/top1": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write(torn)
+    assert [r["step"] for r in metrics.read_metrics(tmp_path)] == [2, 4, 6, 8, 6]
+    with open_writer(tmp_path, start_step=6) as w:
+        # The evaluation of step 6 runs again on resume.
+        w.write(6, {"eval/mean/top1": 0.75, "eval/ensemble/top1": 0.6})
+        w.write(6, {"eval/mean/top1": 0.8})
+        w.write(8, {"train/loss": 0.8})
+    assert lines(tmp_path) == [
+        {"step": 2, "train/loss": 0.2},
+        {"step": 4, "train/loss": 0.4},
+        {"step": 6, "train/loss": 0.6},
+        {"step": 6, "eval/mean/top1": 0.5},
+        {"step": 6, "eval/ensemble/top1": 0.6},
+        {"step": 8, "train/loss": 0.8},
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}')
+    with open_writer(tmp_path, start_step=2) as w:
+        w.write(3, {"a": 3})
+    assert [r["a"] for r in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with open_writer(tmp_path) as w:
+        w.write(1, {"a": 1.0})
+    assert list(tmp_path.iterdir()) == []
+    assert metrics.read_metrics(tmp_path) == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    pytest.importorskip("clu.metric_writers")
+    with MetricWriter(tmp_path) as w:
+        w.write(3, {"train/loss": 0.25})
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    values = {
+        v.tag: (e.step, float(tf.make_ndarray(v.tensor)))
+        for e in tf.compat.v1.train.summary_iterator(str(events))
+        for v in e.summary.value
+    }
+    assert values["train/loss"] == (3, 0.25)
+
+
+def test_without_tensorflow_the_file_is_written_all_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with MetricWriter(tmp_path) as w:
+        w.write(3, {"train/loss": 0.25})
+    assert lines(tmp_path) == [{"step": 3, "train/loss": 0.25}]
+    assert "No TensorBoard events" in caplog.text
+
+
+def test_progress_lines(monkeypatch):
+    clock = iter([100.0, 150.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    lines = progress.Progress(2000, start_step=1000, stream=stream)
+    scores = {"exit1/top1": 0.5, "exit2/top1": 0.625}
+    shown = {"train/loss": 1.23456, "train/images_per_second": 12345.6}
+    lines.training(1010, shown | {f"train/{name}": v for name, v in scores.items()})
+    scores |= {"ensemble/top1": 0.6, "mean/top1": 0.5625, "exit1/loss": 2.0}
+    lines.evaluation(1010, {f"eval/{name}": v for name, v in scores.items()})
+    # 5 seconds a step since step 1000, 990 steps to go.
+    assert stream.getvalue().splitlines() == [
+        "step 1010/2000 (50.5%)  loss 1.2346  train top1 by exit 0.500 0.625  12,346 images/s  "
+        "ETA 1:22:30",
+        "step 1010/2000 (50.5%)  eval top1 by exit 0.500 0.625  ensemble 0.6000  mean 0.5625",
+    ]
+
+
+def test_a_progress_line_that_cannot_be_written_is_left_out():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    progress.Progress(2000, stream=Full()).training(10, {"train/loss": 1.0})
+
+
+def test_table():
+    table = format_table([("exit1", 0.5, 12), ("ensemble", 0.12345, 3)], ("", "top1", "n"))
+    assert table.splitlines() == [
+        "            top1   n",
+        "--------  ------  --",
+        "exit1     0.5000  12",
+        "ensemble  0.1235   3",
+    ]
+
+
+def reference_counts(logits, labels, mask):
+    """The same counts, one example at a time in float64."""
+    n = len(logits)
+    top1, top5, loss = np.zeros(n, int), np.zeros(n, int), np.zeros(n)
+    ensemble = 0
+    for b in np.flatnonzero(mask):
+        softmax = np.exp([z[b].astype(np.float64) for z in logits])
+        softmax /= softmax.sum(axis=1, keepdims=True)
+        for i in range(n):
+            order = sorted(range(softmax.shape[1]), key=lambda c: (-logits[i][b, c], c))
+            top1[i] += order[0] == labels[b]
+            top5[i] += labels[b] in order[:5]
+            loss[i] -= np.log(softmax[i, labels[b]])
+        ensemble += int(np.argmax(softmax.mean(axis=0)) == labels[b])
+    return top1, top5, loss, ensemble
+
+
+def example_batch(size, classes, seed=0):
+    rng = np.random.default_rng(seed)
+    # Coarse values, so that there are ties; no -0.0, which top_k places below 0.0.
+    logits = tuple(
+        (np.round(rng.normal(size=(size, classes)) * 2) + 0.0).astype(np.float32) for _ in range(3)
+    )
+    labels = rng.integers(0, classes, size)
+    return logits, labels, rng.random(size) < 0.8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_counts_equal_counting_one_by_one(dtype):
+    logits, labels, mask = example_batch(200, 12)
+    labels[~mask] = -1
+    padded = tuple(np.where(mask[:, None], z, np.nan) for z in logits)
+    got = jax.jit(count_batch)(
+        tuple(jnp.asarray(z, dtype) for z in padded), jnp.asarray(labels), jnp.asarray(mask)
+    )
+    top1, top5, loss, ensemble = reference_counts(logits, labels, mask)
+    np.testing.assert_array_equal(got.top1, top1)
+    np.testing.assert_array_equal(got.top5, top5)
+    np.testing.assert_allclose(got.loss, loss, rtol=1e-5)
+    assert int(got.ensemble) == ensemble
+    assert int(got.count) == mask.sum()
+    assert got.top1.dtype == got.count.dtype == jnp.int32
+    assert got.loss.dtype == jnp.float32
+
+
+def test_counts_do_not_depend_on_batches_or_devices():
+    logits, labels, mask = example_batch(64, 12)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    whole = total_counts([count_batch(logits, labels, jnp.asarray(mask))])
+    batches = []
+    for start in range(0, 64, 16):
+        part = jax.tree.map(lambda x, s=start: x[s : s + 16], (logits, labels, mask))
+        batches.append(jax.jit(count_batch)(*jax.device_put(part, cut)))
+    total = total_counts(batches)
+    assert total.top1.dtype == np.int64
+    assert total.loss.dtype == np.float64
+    np.testing.assert_allclose(total.loss, whole.loss, rtol=1e-6)
+    for field in ("top1", "top5", "ensemble", "count"):
+        np.testing.assert_array_equal(getattr(total, field), getattr(whole, field))
+
+
+def test_counts_beyond_32_bits():
+    batch = ExitCounts(np.int32([2**30]), None, np.float32([1]), np.int32(2**30), np.int32(2**30))
+    total = total_counts([batch] * 6)
+    assert total.count == 6 * 2**30
+    assert summarise(total, "eval")["eval/exit1/top1"] == 1.0
+
+
+def test_summary_has_exactly_the_documented_names():
+    counts = ExitCounts(np.array([1, 3]), np.array([2, 4]), np.array([8.0, 4.0]), 2, 4)
+    assert summarise(counts, "test") == {
+        "test/exit1/top1": 0.25,
+        "test/exit1/top5": 0.5,
+        "test/exit1/loss": 2.0,
+        "test/exit2/top1": 0.75,
+        "test/exit2/top5": 1.0,
+        "test/exit2/loss": 1.0,
+        "test/ensemble/top1": 0.5,
+        "test/mean/top1": 0.5,
+    }
+
+
+def test_five_classes_have_no_top5_and_an_empty_evaluation_is_an_error():
+    logits, labels, mask = example_batch(8, 5)
+    counts = count_batch(logits, labels, jnp.asarray(mask))
+    assert not [name for name in summarise(counts, "eval") if "top5" in name]
+    empty = count_batch(logits, labels, jnp.zeros(8, bool))
+    with pytest.raises(ValueError, match="eval: no examples"):
+        summarise(empty, "eval")
