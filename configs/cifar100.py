@@ -15,7 +15,7 @@ method, in any order:
                        numbers of MSDNet come from
     joint              deep supervision: the summed cross-entropy of all exits, nothing else
     byot               joint training with distillation from the last exit (arXiv 1905.08094)
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 
@@ -25,6 +25,7 @@ the official code, and how to have it as there:
     --config.data.validation_size=0                     train on all 50,000 images
     --config.data.normalization=cifar10                 CIFAR-10's statistics
     --config.objective.feature_reduction=batch_norm     feature distance of a batch as one norm
+    --config.model.options.split_init=true              vgg7: each kernel drawn as two, by beta
 """
 
 from dfs_jax import config as base

@@ -8,14 +8,15 @@ Arguments, as a comma list of at most one network and one method, in any order:
 
     msdnet (default)   MSDNet with step 4, five exits (arXiv 1703.09844)
     vgg16              VGG16 with an exit after every convolution; no recipe was published, so it is
-                       MSDNet's with the weight decay of the published VGG7
+                       MSDNet's with the weight decay of the published VGG7; the official initial
+                       weights, which depend on beta: --config.model.options.split_init=true
     vit_tiny           ViT-tiny, exits after blocks 7 to 12; meant for pretrained weights: give
                        --config.train.init_from=WORKDIR (dfs_jax.interop makes one)
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     dfs_all            the same, every exit training all of its channels: what the published
                        numbers of MSDNet and ViT come from
     joint              the summed loss of all exits
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/presets.py
+    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 

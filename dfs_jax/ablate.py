@@ -6,10 +6,10 @@ Runs the grid one run after another, or every eighth run with `--shard`, so that
 spreads it over machines. What happens is in `sweeps/`.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from dfs_jax.config import ConfigError, command
 from dfs_jax.sweeps.grid import Grid, load
@@ -24,15 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", dest="grid", required=True, metavar="FILE", help="the grid")
     command.add_workdir(parser)
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="run K, K+N, … of the grid")
-    failed = []
+    return command.run(parser, argv, lambda arguments, _: _ablate(arguments))
 
-    def body(arguments: Any, _: None) -> None:
-        grid, runs = load(arguments.grid)
-        shard = _shard(arguments.shard)
-        failed.append(not run(grid, runs, arguments.workdir, shard))
 
-    status = command.run(parser, argv, body)
-    return status or int(any(failed))
+def _ablate(arguments: argparse.Namespace) -> int:
+    grid, cells = load(arguments.grid)
+    return int(not run(grid, cells, arguments.workdir, _shard(arguments.shard)))
 
 
 def _shard(text: str) -> tuple[int, int]:

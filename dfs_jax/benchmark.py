@@ -19,26 +19,21 @@ per-exit gradients, reporting, evaluation, compilation. Both write JSON to FILE,
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 
-from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError, command
-from dfs_jax.config.tables import format_table
 from dfs_jax.distributed import placement
 from dfs_jax.ops import allocator
-from dfs_jax.profiling import overheads, random_images, report, step_cost
-from dfs_jax.profiling.input_rate import Pace, measure_input
-from dfs_jax.training.run import Run, prepare
-
-_WARMUP = 2  # batches or steps that are not counted: they compile, and fill what is read ahead
+from dfs_jax.profiling import methods, overheads, random_images, report, step_cost
+from dfs_jax.profiling.input_rate import measure_input
+from dfs_jax.training.run import prepare
+from dfs_jax.writing.files import json_text, write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,12 +86,73 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     allocator.keep_freed_memory()  # as training does
     if arguments.input_only:
-        _check_out(arguments.out)
         _report_input(arguments, config)
     elif arguments.overheads:
         _report_overheads(arguments, config)
     else:
         _report_steps(arguments, config)
+
+
+def _report_steps(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    _check_at_least_one(arguments, "pairs", "calls", "num_classes")
+    batch_sizes = arguments.batch_sizes or [config.train.batch_size]
+    configs = methods.method_configs(arguments.config, arguments.methods, arguments.overrides)
+    runs = methods.random_runs(configs, batch_sizes, arguments.num_classes)
+    _check_out(arguments.out)
+    run = runs[batch_sizes[0]][step_cost.BASELINE]
+    print(placement.describe(run.mesh), flush=True)
+    heading = report.heading(arguments.config, arguments.overrides, run)
+    heading |= {"pairs": arguments.pairs, "calls": arguments.calls}
+    costs = []
+    for size, own in runs.items():
+        print(f"batch size {size}: {', '.join(own)}", file=sys.stderr, flush=True)
+        costs += step_cost.measure(own, arguments.pairs, arguments.calls)
+    print(report.markdown(heading, costs), end="")
+    if arguments.out is not None:
+        paths = report.write(arguments.out, heading, costs)
+        print(f"\nwritten: {', '.join(map(str, paths))}")
+
+
+def _report_overheads(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    _check_at_least_one(arguments, "pairs")
+    run = random_images.random_run(config, arguments.num_classes)
+    _check_out(arguments.out)
+    print(placement.describe(run.mesh), flush=True)
+    found = overheads.measure(run, arguments.pairs)
+    print(f"{run.config.model.name}, batches of {config.train.batch_size}\n")
+    print(found.table())
+    if arguments.out is not None:
+        figures = report.heading(arguments.config, arguments.overrides, run)
+        figures |= {"batch_size": config.train.batch_size}
+        figures |= {"config_sha256": step_cost.sha256(config), **found.as_json()}
+        write_whole(arguments.out, json_text(figures, indent=2))
+
+
+def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    _check_out(arguments.out)
+    run = prepare(config)
+    found = measure_input(run, arguments.batches, arguments.steps, arguments.start)
+    print(placement.describe(run.mesh))
+    print(f"{run.data.spec.name}, batches of {config.train.batch_size}, {config.model.name}\n")
+    print(found.table())
+    if arguments.out is not None:
+        figures = {
+            "config": arguments.config,
+            "data": run.data.spec.name,
+            "network": config.model.name,
+            "batch_size": config.train.batch_size,
+            "devices": placement.describe(run.mesh),
+            "jax": jax.__version__,
+            **found.as_json(),
+        }
+        write_whole(arguments.out, json_text(figures, indent=2))
+
+
+def _check_at_least_one(arguments: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} must be at least 1, got {value}")
 
 
 def _check_out(out: Path | None) -> None:
@@ -111,142 +167,6 @@ def _check_out(out: Path | None) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--out: cannot write to folder {out.parent}: {reason}") from error
-
-
-# What the step costs.
-def _report_steps(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    for flag in ("pairs", "calls", "num_classes"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag} must be at least 1, got {value}")
-    batch_sizes = arguments.batch_sizes or [config.train.batch_size]
-    for size in batch_sizes:
-        if size < 1:
-            raise ConfigError(f"--batch_sizes must be at least 1, got {size}")
-    configs = method_configs(arguments.config, arguments.methods, arguments.overrides)
-    runs = {}
-    for size in dict.fromkeys(batch_sizes):
-        runs[size] = {}
-        for word, own in configs.items():
-            own = own.copy_and_resolve_references()
-            own.train.batch_size = size
-            runs[size][word] = random_images.random_run(own, arguments.num_classes)
-    _check_out(arguments.out)
-
-    run = runs[batch_sizes[0]][step_cost.BASELINE]
-    print(placement.describe(run.mesh), flush=True)
-    heading = _heading(arguments, run) | {"pairs": arguments.pairs, "calls": arguments.calls}
-    costs = []
-    for size, methods in runs.items():
-        print(f"batch size {size}: {', '.join(methods)}", file=sys.stderr, flush=True)
-        costs += step_cost.measure(methods, arguments.pairs, arguments.calls)
-    print(report.markdown(heading, costs), end="")
-    if arguments.out is not None:
-        paths = report.write(arguments.out, heading, costs)
-        print(f"\nwritten: {', '.join(map(str, paths))}")
-
-
-def method_configs(
-    spec: str, words: Sequence[str], overrides: Sequence[str]
-) -> dict[str, ml_collections.ConfigDict]:
-    """The configuration of `spec` (FILE[:network]) with each of the method `words`, joint first.
-
-    Raises ConfigError for a word that is no method of that file.
-    """
-    file, _, preset = spec.partition(":")
-    configs = {}
-    for word in dict.fromkeys((step_cost.BASELINE, *words)):
-        preset_words = ",".join(filter(None, (preset, word)))
-        try:
-            configs[word] = configuration.load(f"{file}:{preset_words}", overrides)
-        except ConfigError as error:
-            raise ConfigError(f"--methods {word}: {error}") from error
-        if not _is_method(file, word):
-            raise ConfigError(f"--methods: {word!r} is a network word of {file}, not a method word")
-    return configs
-
-
-def _is_method(file: str, word: str) -> bool:
-    # A network word goes together with a method word; a second method word is refused.
-    try:
-        configuration.load(f"{file}:{word},{step_cost.BASELINE}")
-    except ConfigError:
-        return True
-    return False
-
-
-def _heading(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
-    return {
-        "config": arguments.config,
-        "overrides": list(arguments.overrides),
-        "network": run.config.model.name,
-        "image_shape": list(run.data.spec.image_shape),
-        "num_classes": run.data.spec.num_classes,
-        "precision": run.config.train.precision,
-        "machine": report.machine(),
-        "versions": report.versions(),
-    }
-
-
-# What else a run spends time on.
-def _report_overheads(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    if arguments.pairs < 1:
-        raise ConfigError(f"--pairs must be at least 1, got {arguments.pairs}")
-    run = random_images.random_run(config, arguments.num_classes)
-    _check_out(arguments.out)
-    print(placement.describe(run.mesh), flush=True)
-    found = overheads.measure(run, arguments.pairs)
-    print(f"{run.config.model.name}, batches of {config.train.batch_size}\n")
-    print(found.table())
-    if arguments.out is not None:
-        figures = _heading(arguments, run) | {"batch_size": config.train.batch_size}
-        figures |= {"config_sha256": step_cost.sha256(config), **found.as_json()}
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-# How fast the input is.
-def _report_input(arguments: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    run = prepare(config)
-    first, paces = measure_input(run, arguments.batches, arguments.steps, arguments.start)
-    print(placement.describe(run.mesh))
-    print(f"{run.data.spec.name}, batches of {config.train.batch_size}, {config.model.name}\n")
-    rows = [
-        (
-            name,
-            f"{pace.images_per_second:,.0f}",
-            f"{1e3 * pace.seconds / pace.batches:.1f}",
-            "" if name == "step" else f"{pace.data_wait:.1%}",
-        )
-        for name, pace in paces.items()
-    ]
-    print(format_table(rows, ("", "images/s", "ms per batch", "waiting for data")))
-    print(f"\nthe first batch, of step {arguments.start}, came after {first:.1f} s")
-    if arguments.out is not None:
-        figures = _as_json(arguments, run, first, paces)
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _as_json(
-    arguments: argparse.Namespace, run: Run, first: float, paces: dict[str, Pace]
-) -> dict[str, Any]:
-    return {
-        "config": arguments.config,
-        "data": run.data.spec.name,
-        "network": run.config.model.name,
-        "batch_size": run.config.train.batch_size,
-        "devices": placement.describe(run.mesh),
-        "jax": jax.__version__,
-        "start": arguments.start,
-        "first_batch_seconds": first,
-        **{
-            name: {
-                "images_per_second": pace.images_per_second,
-                "seconds_per_batch": pace.seconds / pace.batches,
-                "data_wait": pace.data_wait,
-            }
-            for name, pace in paces.items()
-        },
-    }
 
 
 def _count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Evaluation of every exit: exact counts over a whole split, and the command for a trained run.
+"""Every exit of a trained run on a whole split: accuracy, early exit, calibration, conflict.
 
     python -m dfs_jax.evaluate --workdir DIR [--step latest|best|N] [--out DIR]
         [--score max_softmax|margin|entropy|patience] [--published NAME]

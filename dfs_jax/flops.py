@@ -7,28 +7,16 @@ What is counted, and how, is in `models/cost.py`.
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dfs_jax.models.cost import cost_table
 
-# Image shape and number of classes by `config.data.name`: the command must not prepare data.
-DATA_SETS: dict[str, tuple[tuple[int, int, int], int]] = {
-    "digits": ((8, 8, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-    "double_digits/clean": ((32, 32, 3), 100),
-    "double_digits/hard": ((32, 32, 3), 100),
-    "double_digits/units": ((32, 32, 3), 10),
-    "imagenet2012": ((224, 224, 3), 1000),
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
-    from dfs_jax.config import command
+    from dfs_jax.config import command, refusals
 
     parser = command.parser(__doc__)
     command.add_config(parser, required=False)
@@ -38,17 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, metavar="K", help="width of the logits")
 
     def run(arguments, config):
-        with _refusals():
+        with refusals():
             print(cost_table(*_requested(arguments, config)))
 
     return command.run(parser, argv, run)
 
 
-def _requested(
-    arguments: argparse.Namespace, config: Any | None
-) -> tuple[Any, tuple[int, int, int]]:
-    """The network that the command line asks for, and its image shape."""
-    from dfs_jax import models
+def _requested(arguments: argparse.Namespace, config: Any | None) -> tuple[Any, Any]:
+    """The network that the command line asks for, and a batch of one image, as shapes."""
+    from dfs_jax import data, models
+    from dfs_jax.models import inputs
     from dfs_jax.surgery import Surgery
     from dfs_jax.training.run import create_network
 
@@ -62,28 +49,18 @@ def _requested(
         if size is None or classes is None:
             raise ValueError("--network needs --image-size and --num-classes too")
         network = models.create_model(arguments.network, num_classes=classes, surgery=Surgery())
-        return network, (size, size, channels or 3)
-    data = config.data.name
-    if data not in DATA_SETS and None in (size or config.data.image_size or None, classes):
-        raise ValueError(
-            f"the images of data set {data!r} are not known here; give --image-size and "
-            f"--num-classes (known: {', '.join(DATA_SETS)})"
-        )
-    (side, _, own_channels), own_classes = DATA_SETS.get(data, ((size, size, 3), classes))
-    side = size or config.data.image_size or side
-    network = create_network(config, classes or own_classes)
-    return network, (side, side, channels or own_channels)
-
-
-@contextlib.contextmanager
-def _refusals():
-    """Tell a value that networks or counting refuse as a request that cannot be carried out."""
-    from dfs_jax.config import ConfigError
-
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        shape = (size, size, channels or 3)
+    else:
+        config.data.image_size = size or config.data.image_size
+        shape, known_classes = data.known_images(config)
+        classes = classes or known_classes
+        if None in (shape, classes):
+            raise ValueError(
+                f"the images of data set {config.data.name!r} are not known here; give "
+                f"--image-size and --num-classes (known: {', '.join(data.KNOWN)})"
+            )
+        network, shape = create_network(config, classes), (*shape[:2], channels or shape[-1])
+    return network, inputs.abstract(inputs.images(shape), 1)
 
 
 if __name__ == "__main__":

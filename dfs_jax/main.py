@@ -1,4 +1,4 @@
-"""The training command; everything happens in `train.py`.
+"""The training command; the run is in `training/loop.py`.
 
 python -m dfs_jax.main --config FILE[:preset] --workdir DIR [--config.a.b=value …]
 """

@@ -57,31 +57,18 @@ class Objective:
     feature_reduction: str = "mean"
 
     def __post_init__(self):
-        _require(
-            all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.exit_weights),
-            f"objective.exit_weights must be numbers of 0 or more, got {self.exit_weights}",
-        )
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"objective.label_smoothing must lie in [0, 1), got {self.label_smoothing}",
-        )
-        _require(
-            0 <= self.logit_weight <= 1,
-            f"objective.logit_weight must lie in [0, 1], got {self.logit_weight}",
-        )
-        _require(
-            self.temperature > 0,
-            f"objective.temperature must be positive, got {self.temperature}",
-        )
-        _require(
-            self.feature_weight >= 0,
-            f"objective.feature_weight must not be negative, got {self.feature_weight}",
-        )
-        _require(
-            self.feature_reduction in REDUCTIONS,
-            f"objective.feature_reduction must be one of {', '.join(REDUCTIONS)}, "
-            f"got {self.feature_reduction!r}",
-        )
+        numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.exit_weights)
+        reduction = self.feature_reduction in REDUCTIONS
+        for field, fits, wanted in (
+            ("exit_weights", numbers, "be numbers of 0 or more"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "lie in [0, 1)"),
+            ("logit_weight", 0 <= self.logit_weight <= 1, "lie in [0, 1]"),
+            ("temperature", self.temperature > 0, "be positive"),
+            ("feature_weight", self.feature_weight >= 0, "not be negative"),
+            ("feature_reduction", reduction, f"be one of {', '.join(REDUCTIONS)}"),
+        ):
+            if not fits:
+                raise ValueError(f"objective.{field} must {wanted}, got {getattr(self, field)!r}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -172,8 +159,3 @@ def feature_distance(feature: jax.Array, teacher: jax.Array, reduction: str = "m
     # The inner where keeps sqrt away from 0, where its gradient is infinite.
     distance = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
     return jnp.broadcast_to(distance, feature.shape[:1])
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

@@ -1,4 +1,4 @@
-"""The method words, for configuration files that import them from here; see `config/presets.py`."""
+"""The words of `config/presets.py`, where configuration files written before it import them."""
 
 from dfs_jax.config.presets import METHODS, SECOND_STAGES, Preset, imta, method, surgery
 

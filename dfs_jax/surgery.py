@@ -7,6 +7,23 @@ concatenate([plus, stop_gradient(sub)]) before an ordinary convolution, saves no
 computes the whole input gradient and throws the dead part away.
 
 Which feature of a network is cut, and where, is decided in `models/multi_exit.py`.
+
+The path of one convolution, from a network's layer to its gradient on the device:
+
+    models/layers.py    Conv: owns the kernel; x is an array or a Partitioned
+          │
+    surgery.py          conv: live channels, strides and padding, all static from here on
+          │
+    ops/tags.py         tagged("conv:L"): one named equation, by which the cost is counted
+          │
+    surgery.py          _partial, a custom_vjp: forward and kernel gradient of all channels,
+          │             input gradient of the L live ones
+          │
+    ops/convolution.py  convolution, input_gradient, kernel_gradient: each other's gradients
+          ├─ CPU        _fast: a matrix product, taps or forward convolutions, by shape
+          └─ GPU, TPU   _library: lax.conv_general_dilated and its transposes
+
+`dense` goes the same way and ends in matrix products.
 """
 
 import dataclasses
@@ -21,7 +38,6 @@ from dfs_jax.ops import convolution
 from dfs_jax.ops.tags import tagged
 
 Ranges = tuple[tuple[int, int], ...]
-Padding = str | tuple[tuple[int, int], ...]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["live"])
@@ -86,10 +102,10 @@ class Surgery:
     Raises ValueError for beta outside [0, 1] or NaN and for an unknown `exit_gradient`.
     """
 
-    beta: float = 0.5
-    partition: bool = True
-    referencing: bool = True
-    exit_gradient: str = "own"
+    beta: float = 0.5  # share of the channels that deeper exits train, in [0, 1]
+    partition: bool = True  # False: joint training, the rest is ignored
+    referencing: bool = True  # see the other part without training it; False: zeros instead
+    exit_gradient: str = "own"  # channels an exit trains: "own" (paper) or "all"
 
     def __post_init__(self):
         if not 0.0 <= self.beta <= 1.0:  # False for NaN too
@@ -98,6 +114,11 @@ class Surgery:
             raise ValueError(
                 f'surgery.exit_gradient must be "own" or "all", got {self.exit_gradient!r}'
             )
+
+    @property
+    def hides(self) -> bool:
+        """Whether a side sees zeros in the place of the channels that the other one trains."""
+        return self.partition and not self.referencing
 
     def cut(self, channels: int) -> int:
         """Number k of shared channels: round(beta C), half to even as Python rounds."""
@@ -118,7 +139,7 @@ class Surgery:
     def _keep(self, x: Partitioned, start: int, stop: int) -> Partitioned:
         live = _joined((max(a, start), min(b, stop)) for a, b in x.live)
         value = x.value
-        if not self.referencing:
+        if self.hides:
             outside = [(0, 0, 0)] * (value.ndim - 1) + [(start, x.channels - stop, 0)]
             value = lax.pad(value[..., start:stop], jnp.zeros((), value.dtype), outside)
         return Partitioned(value, live)
@@ -129,7 +150,7 @@ def conv(
     kernel: jax.Array,
     *,
     strides: int | tuple[int, int] = 1,
-    padding: int | Padding = 0,
+    padding: int | str | Sequence[Sequence[int]] = 0,
     groups: int = 1,
 ) -> jax.Array:
     """Convolution of x (B, H, W, C) with kernel (h, w, C / groups, O), giving (B, H', W', O).
@@ -147,10 +168,10 @@ def conv(
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
     if isinstance(padding, int):
         padding = ((padding, padding),) * 2
-    elif not isinstance(padding, str):
-        padding = tuple(map(tuple, padding))
-    value, kernel = _promoted(x.value, kernel)
-    return _conv(_joined(x.live), strides, padding, groups > 1)(value, kernel)
+    elif isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    geometry = convolution.Geometry(strides, tuple(map(tuple, padding)), groups > 1)
+    return _conv(_joined(x.live), geometry)(*_promoted(x.value, kernel))
 
 
 def dense(
@@ -167,27 +188,22 @@ def dense(
 
 
 @functools.cache
-def _conv(live: Ranges, strides: tuple[int, int], padding: Padding, depthwise: bool):
-    def geometry(x, kernel):
-        pads = padding
-        if isinstance(padding, str):
-            pads = tuple(lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding))
-        return convolution.Geometry(strides, pads, depthwise)
-
+def _conv(live: Ranges, geometry: convolution.Geometry):
     def forward(x, kernel):
-        return convolution.convolution(x, kernel, geometry(x, kernel))
+        return convolution.convolution(x, kernel, geometry)
 
     def input_gradient(x, kernel, g):
-        if depthwise:
-            outputs = _spread(live, g.shape[-1] // x.shape[-1])
+        if geometry.depthwise:
+            factor = g.shape[-1] // x.shape[-1]
+            outputs = tuple((start * factor, stop * factor) for start, stop in live)
             part, g = _take(kernel, outputs, 3), _take(g, outputs, 3)
         else:
             part = _take(kernel, live, 2)
         shape = (*x.shape[:-1], _width(live))
-        return convolution.input_gradient(shape, part, g, geometry(x, kernel))
+        return convolution.input_gradient(shape, part, g, geometry)
 
     def kernel_gradient(x, kernel, g):
-        return convolution.kernel_gradient(x, kernel.shape, g, geometry(x, kernel))
+        return convolution.kernel_gradient(x, kernel.shape, g, geometry)
 
     product = _partial(forward, input_gradient, kernel_gradient, live)
     return tagged(f"conv:{_width(live)}", product)
@@ -222,9 +238,7 @@ def _partial(forward, input_gradient, kernel_gradient, live: Ranges):
     its dead channels stopped, so that gradients of gradients follow the definition as well.
     """
 
-    @jax.custom_vjp
-    def operation(x, kernel):
-        return forward(x, kernel)
+    operation = jax.custom_vjp(forward)
 
     def forward_rule(x, kernel):
         return operation(x, kernel), (x, kernel)
@@ -270,10 +284,6 @@ def _segments(live: Ranges, channels: int) -> list[tuple[int, int, bool]]:
 
 def _width(live: Ranges) -> int:
     return sum(stop - start for start, stop in live)
-
-
-def _spread(live: Ranges, factor: int) -> Ranges:
-    return tuple((start * factor, stop * factor) for start, stop in live)
 
 
 def _take(x: jax.Array, live: Ranges, axis: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shapes import image
 
 from dfs_jax.early_exit import export, stages
 from dfs_jax.early_exit.budget import ALWAYS, Thresholds
@@ -61,7 +62,7 @@ def contents(**changes) -> export.Contents:
 
 
 def write(path, **changes) -> None:
-    parts = stages.from_network(Dense(), variables(), IMAGE)
+    parts = stages.from_network(Dense(), variables(), image(*IMAGE))
     export.export(path, parts, contents(**changes), SIZES)
 
 

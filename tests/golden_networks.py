@@ -21,6 +21,9 @@ from dfs_jax.surgery import Surgery
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# Each program runs a few times: generating fast code for it takes far longer than slow code runs.
+QUICK = {"xla_backend_optimization_level": 0}
+
 # The official name: ours, and whether the network has adapters.
 NETWORKS = {
     "msdnet_cifar100": ("msdnet_cifar100", False),
@@ -133,7 +136,7 @@ class Case:
     def forward(self, train: bool) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Logits (E, B, classes), cross-entropies (E,) and features, with one compilation."""
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=QUICK)
         def run(variables, images):
             mutable = ["batch_stats"] if train else False
             out = self.network.apply(variables, images, train=train, mutable=mutable)
@@ -169,7 +172,7 @@ class Case:
         )
         if self._compiled is None:
             function = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-            self._compiled = jax.jit(function)
+            self._compiled = jax.jit(function, compiler_options=QUICK)
         (total, (ce, out, statistics)), (gradients, input_gradient) = jax.device_get(
             self._compiled(*arguments)
         )

@@ -13,6 +13,7 @@ from jax import lax
 
 from dfs_jax import surgery
 from dfs_jax.models import layers
+from dfs_jax.ops import pooling
 from dfs_jax.surgery import as_partitioned
 
 
@@ -39,7 +40,7 @@ def dense(x, kernel, bias=None):
 
 
 def max_pool(x, window, strides, padding=0):
-    """`layers.max_pool` by the library's window reduction."""
+    """`pooling.max_pool` by the library's window reduction."""
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     sizes, steps = (1, window, window, 1), (1, strides, strides, 1)
     return lax.reduce_window(x, -jnp.inf, lax.max, sizes, steps, edges)
@@ -64,6 +65,6 @@ def plain() -> Iterator[None]:
         stack.enter_context(mock.patch.object(surgery, "conv", conv))
         stack.enter_context(mock.patch.object(surgery, "dense", dense))
         factory = lambda *choice: lambda x: max_pool(x, *choice)  # noqa: E731
-        stack.enter_context(mock.patch.object(layers, "_max_pool", factory))
+        stack.enter_context(mock.patch.object(pooling, "_maximum", factory))
         stack.enter_context(mock.patch.object(layers, "_normalised", normalised))
         yield

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.slow
 def test_nothing_is_lost_and_no_number_is_wrong():
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.run", "--trials", "2"],
+        [sys.executable, "-m", "tests.faults.run", "--trials", "1"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -20,4 +20,4 @@ def test_nothing_is_lost_and_no_number_is_wrong():
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(lines) >= 1 + 8  # the heading; without a small disk one line less
-    assert all(int(trials) >= 2 and int(wrong) == 0 for _, trials, _, wrong, _ in lines[1:])
+    assert all(int(trials) >= 1 and int(wrong) == 0 for _, trials, _, wrong, _ in lines[1:])

@@ -3,12 +3,10 @@
 import json
 
 import bundles
-import numpy as np
 import pytest
 from PIL import Image
 
 from dfs_jax import predict
-from dfs_jax.early_exit.preprocessing import Preprocessing
 
 LABELS = ("bat", "cat", "cow", "dog")
 
@@ -77,27 +75,6 @@ def test_the_table_and_the_files_that_are_no_images(bundle, images, tmp_path, ca
     ):
         assert any(line.startswith(f"{file}: ") and reason in line for line in err.splitlines())
     assert "4 of 6 files could not be read as images" in err
-
-
-def test_images_of_any_size_and_colour(tmp_path):
-    """Reduced to the network's size and channels; a photo's orientation is respected."""
-    preprocessing = Preprocessing(bundles.IMAGE, (0.4,), (0.3,))
-    grey = np.random.default_rng(0).integers(0, 256, (12, 10), dtype=np.uint8)
-    upright = Image.fromarray(grey)
-    upright.save(tmp_path / "grey.png")
-    upright.convert("RGB").save(tmp_path / "colour.png")
-    upright.convert("P").save(tmp_path / "palette.gif")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    expected = preprocessing.fit(grey[..., None])
-    for name in ("grey.png", "colour.png", "palette.gif", "turned.png"):
-        np.testing.assert_array_equal(
-            predict.read_image(str(tmp_path / name), preprocessing), expected
-        )
-    colour = Preprocessing((6, 5, 3), (0.4,) * 3, (0.3,) * 3)
-    found = predict.read_image(str(tmp_path / "grey.png"), colour)
-    np.testing.assert_array_equal(found, np.repeat(expected, 3, axis=-1))
 
 
 def test_progress_is_told_on_many_images(bundle, images, capsys):

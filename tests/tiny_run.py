@@ -80,7 +80,7 @@ def load(config):
         (x, y) for x, y in zip(np.split(images, sizes), np.split(labels, sizes), strict=True)
     )
     train, validation = in_memory.hold_out(outside, min(config.data.validation_size, HELD_OUT))
-    return in_memory.create(
+    return in_memory.from_arrays(
         config,
         name="digits",
         train=train,
@@ -119,7 +119,7 @@ def losses_of(run):
     found = []
     for _ in range(run.total_steps):
         state, measured = step(state, next(batches))
-        found.append(jax.device_get(measured["losses"]))
+        found.append(jax.device_get(measured.losses))
     return np.array(found)
 
 

@@ -1,7 +1,8 @@
 """What the commands share: flags, logging, and errors told in one sentence.
 
 Exit status 0 is success, 2 a request that cannot be carried out (nothing was changed), 1 a
-run that had to end. Anything else that is raised is a defect here, and shows its traceback.
+run that had to end, or that answered a part only. Anything else that is raised is a defect here,
+and shows its traceback.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from dfs_jax import config as configuration
-from dfs_jax.config import ConfigError
+from dfs_jax.config.errors import ConfigError
+from dfs_jax.config.loader import load
 
 _OVERRIDE = "--config."
 
@@ -48,11 +49,12 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
 def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
-    body: Callable[[argparse.Namespace, ml_collections.ConfigDict | None], None],
+    body: Callable[[argparse.Namespace, ml_collections.ConfigDict | None], int | None],
 ) -> int:
     """Parse `argv`, load the configuration if one was given, call `body`; the exit status.
 
-    `arguments.overrides` is what `--config.SECTION.FIELD=VALUE` gave, as `config.load` takes it.
+    That is what `body` returns, None being success. `arguments.overrides` is what
+    `--config.SECTION.FIELD=VALUE` gave, as `config.load` takes it.
     """
     arguments, overrides = _parse(parser, sys.argv[1:] if argv is None else list(argv))
     arguments.overrides = tuple(overrides)
@@ -68,11 +70,11 @@ def run(
     try:
         config = None
         if getattr(arguments, "config", None) is not None:
-            config = configuration.load(arguments.config, overrides)
+            config = load(arguments.config, overrides)
             configure_jax(config)
         elif overrides:
             raise ConfigError(f"--config.{overrides[0]} needs --config FILE")
-        body(arguments, config)
+        return body(arguments, config) or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +86,6 @@ def run(
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _unraisable(told: Any) -> None:
@@ -105,7 +106,10 @@ def configure_jax(config: ml_collections.ConfigDict) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str]):
+def _parse(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the overrides `a.b=value` among them."""
     overrides, rest = [], []
     while argv:
         argument = argv.pop(0)

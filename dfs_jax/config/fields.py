@@ -1,21 +1,25 @@
 """The fields of a configuration, with their defaults and meaning.
 
 One tree of fields serves every file under `configs/`; it is locked, so a misspelt field is an error
-that names the nearest one. Which values make sense together is checked by the module that uses
-them.
+that names the nearest one. Fields that fill a dataclass come from it, with its defaults; what they
+mean is said there. Which values make sense together is checked by the module that uses them.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from dfs_jax.config.errors import ConfigError, unknown
+from dfs_jax.config.errors import ConfigError, refusals, unknown
 
 
 def default() -> ml_collections.ConfigDict:
     """The configuration with every field at its default. Files under `configs/` start here."""
+    from dfs_jax.objectives import Objective
+    from dfs_jax.surgery import Surgery
+
     c = ml_collections.ConfigDict()
     c.seed = 0  # initial weights, dropout and everything random that is not data
 
@@ -23,20 +27,10 @@ def default() -> ml_collections.ConfigDict:
     c.model.name = "msdnet_digits"  # one of dfs_jax.models.names()
     c.model.options = ml_collections.ConfigDict()  # the network's own; see models.options(name)
 
-    c.surgery = ml_collections.ConfigDict()
-    c.surgery.beta = 0.5  # share of the channels that deeper exits train, in [0, 1]
-    c.surgery.partition = True  # False: joint training, the rest is ignored
-    c.surgery.referencing = True  # see the other part without training it; False: zeros instead
-    c.surgery.exit_gradient = "own"  # channels an exit trains: "own" (paper) or "all"
-
-    c.objective = ml_collections.ConfigDict()
-    c.objective.exit_weights = ()  # weight of each exit's loss, shallow to deep; () = all 1
-    c.objective.label_smoothing = 0.0  # in [0, 1)
-    c.objective.logit_weight = 0.0  # share of logit distillation in earlier losses, in [0, 1]
-    c.objective.temperature = 3.0  # of logit distillation
-    c.objective.scale_by_temperature = False  # multiply logit distillation by temperature squared
-    c.objective.feature_weight = 0.0  # feature distillation of earlier exits
-    c.objective.feature_reduction = "mean"  # "mean" over examples, or the official "batch_norm"
+    # What deeper exits share of a feature; the fields are those of `surgery.Surgery`.
+    c.surgery = ml_collections.ConfigDict(dataclasses.asdict(Surgery()))
+    # The exits' losses; the fields are those of `objectives.Objective`.
+    c.objective = ml_collections.ConfigDict(dataclasses.asdict(Objective()))
 
     c.gradients = ml_collections.ConfigDict()
     c.gradients.name = "joint"  # one of dfs_jax.gradients.names()
@@ -93,7 +87,7 @@ def default() -> ml_collections.ConfigDict:
     # gradients, which take a gradient tree per exit of memory; 0: off
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
     c.train.init_from = config_dict.placeholder(str)  # workdir whose weights the run starts from
-    c.train.freeze = ()  # patterns of parameter paths that keep their weights; see freeze.py
+    c.train.freeze = ()  # patterns of parameter paths that keep their weights; see `freeze`
     c.train.accumulation = 1  # microbatches per update; batch statistics are each one's own
     c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
     c.train.ema = 0.0  # decay of averaged parameters and statistics, then evaluated; 0: none
@@ -113,36 +107,28 @@ def set_network(c: ml_collections.ConfigDict, name: str, **options: Any) -> None
     """Choose network `name` and some of its options; raises ConfigError for an unknown one."""
     from dfs_jax import models
 
-    c.model.name = name
-    try:
-        known = models.options(name)
-    except ValueError as error:
-        raise ConfigError(f"config.model.name: {error}") from None
-    c.model.options = _options(known, options, "model.options")
+    _choose(c, "model", name, models.options, options)
 
 
 def set_gradients(c: ml_collections.ConfigDict, name: str, **options: Any) -> None:
     """Choose gradient method `name` and some of its options; raises ConfigError likewise."""
     from dfs_jax import gradients
 
-    c.gradients.name = name
-    try:
-        known = gradients.options(name)
-    except ValueError as error:
-        raise ConfigError(f"config.gradients.name: {error}") from None
-    c.gradients.options = _options(known, options, "gradients.options")
+    _choose(c, "gradients", name, gradients.options, options)
 
 
-def _options(known: Mapping[str, Any], chosen: Mapping[str, Any], where: str):
-    result = ml_collections.ConfigDict({k: v for k, v in known.items() if v is not None})
+def _choose(c, section: str, name: str, options_of: Callable, chosen: Mapping[str, Any]) -> None:
+    c[section].name = name
+    with refusals(f"config.{section}.name"):
+        known = options_of(name)
+    options = ml_collections.ConfigDict()
     for key, value in known.items():
-        if value is None:
-            result[key] = config_dict.placeholder(float)
+        options[key] = config_dict.placeholder(float) if value is None else value
     for key, value in chosen.items():
         if key not in known:
-            raise ConfigError(f"config.{where}.{key}: {unknown(key, known, 'option')}")
-        result[key] = value
-    return result.lock()
+            raise ConfigError(f"config.{section}.options.{key}: {unknown(key, known, 'option')}")
+        options[key] = value
+    c[section].options = options.lock()
 
 
 def scale_learning_rate(c: ml_collections.ConfigDict, reference_batch_size: int) -> None:

@@ -1,4 +1,7 @@
-"""A configuration from a file and the command line, and its JSON in a workdir."""
+"""A configuration from its file and the command line, as JSON and back, and compared with another.
+
+Where the JSON is kept is the business of `training/workdir.py`.
+"""
 
 import ast
 import importlib.util
@@ -70,7 +73,8 @@ def differences(
 
     `ignored` names fields ("data.dir") and whole sections ("mesh") that may differ.
     """
-    before, after, ignored = _flatten(there), _flatten(now), set(ignored)
+    before, after = (_flatten(json.loads(to_json(c))) for c in (there, now))
+    ignored = set(ignored)
     lines = []
     for path in sorted(before.keys() | after.keys()):
         skip = path in ignored or path.split(".")[0] in ignored
@@ -79,17 +83,13 @@ def differences(
     return lines
 
 
-def _flatten(c: ml_collections.ConfigDict) -> dict[str, Any]:
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
-
-    def walk(node, prefix):
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-
-    walk(json.loads(to_json(c)), "")
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 

@@ -1,8 +1,9 @@
-"""The method words of presets: what a word such as "dfs" or "pcgrad" sets, in every file alike.
+"""Presets: the words after `FILE:`, and what a method word such as "dfs" sets in every file alike.
 
-Each stands for a row of the published tables (arXiv 2407.13986), on
-whatever recipe the configuration file has. A file takes `METHODS` as it is, or adds to a word what
-its own networks need. `SECOND_STAGES` are words for runs that start from another run's weights.
+Network words are each file's own. A method word stands for a row of the published tables (arXiv
+2407.13986), on whatever recipe the configuration file has. A file takes `METHODS` as it is, or adds
+to a word what its own networks need. `SECOND_STAGES` are words for runs that start from another
+run's weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,21 +11,23 @@ from typing import Any
 
 import ml_collections
 
-from dfs_jax.config import set_gradients
 from dfs_jax.config.errors import ConfigError
+from dfs_jax.config.fields import set_gradients
+
+Preset = Callable[[ml_collections.ConfigDict], None]  # changes a configuration in place
 
 
 def apply_preset(
     c: ml_collections.ConfigDict,
     preset: str | None,
     *,
-    networks: Mapping[str, Callable[[ml_collections.ConfigDict], None]],
-    methods: Mapping[str, Callable[[ml_collections.ConfigDict], None]],
+    networks: Mapping[str, Preset],
+    methods: Mapping[str, Preset],
 ) -> ml_collections.ConfigDict:
     """Apply a comma list of at most one network word and one method word, in any order.
 
-    The first entry of `networks` and of `methods` is the default. Each value changes `c` in
-    place; the network's change comes first. Raises ConfigError for an unknown or second word.
+    The first entry of `networks` and of `methods` is the default. The network's change comes
+    first. Raises ConfigError for an unknown or second word.
     """
     chosen = {"network": next(iter(networks)), "method": next(iter(methods))}
     seen: dict[str, str] = {}
@@ -41,9 +44,6 @@ def apply_preset(
     networks[chosen["network"]](c)
     methods[chosen["method"]](c)
     return c
-
-
-Preset = Callable[[ml_collections.ConfigDict], None]
 
 
 def surgery(exit_gradient: str) -> Preset:

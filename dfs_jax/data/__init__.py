@@ -1,69 +1,45 @@
-"""Data sets by name: `create(config)` and the list of what there is.
+"""Data sets by name: `create(config)`, and what is known of each without preparing it.
 
-The contract that every data set fulfils is in `pipeline`; sets that fit in memory are served
-by `in_memory`, larger ones by `streaming`, and both are augmented by `augment`. A module that
-needs TensorFlow Datasets is imported only when its data set is asked for.
+The contract that every data set fulfils is in `pipeline.py`. Its file in `sets/` hands arrays to
+`input/in_memory.py` or records to `input/streamed.py`; both augment by what is in `augment/`.
 """
 
-import functools
+import importlib
 from collections.abc import Callable
 
 import ml_collections
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data.augment.normalization import STATISTICS
 from dfs_jax.data.pipeline import Data
 
-__all__ = ["STATISTICS", "create", "names"]
 
-
-def _digits(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import digits
-
-    return digits.load(config)
-
-
-def _cifar(name: str, config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import cifar
-
-    return cifar.load(config, name)
-
-
-def _double_digits(task: str, config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import double_digits
-
-    return double_digits.load(config, task)
-
-
-def _imagenet(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import imagenet
-
-    return imagenet.load(config)
-
-
-def _folder(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import folder
-
-    return folder.load(config)
-
-
-def _named(config: ml_collections.ConfigDict) -> Data:
-    from dfs_jax.data.sets import tfds
-
-    return tfds.load(config)
+def _load(module: str) -> Callable[[ml_collections.ConfigDict], Data]:
+    """`load` of a module of sets/, imported when called: most of them need TensorFlow Datasets."""
+    return lambda config: importlib.import_module(f"dfs_jax.data.sets.{module}").load(config)
 
 
 _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
-    "cifar10": functools.partial(_cifar, "cifar10"),
-    "cifar100": functools.partial(_cifar, "cifar100"),
-    "digits": _digits,
-    "double_digits/clean": functools.partial(_double_digits, "clean"),
-    "double_digits/hard": functools.partial(_double_digits, "hard"),
-    "double_digits/units": functools.partial(_double_digits, "units"),
-    "folder": _folder,
-    "imagenet2012": _imagenet,
+    "cifar10": _load("cifar"),
+    "cifar100": _load("cifar"),
+    "digits": _load("digits"),
+    "double_digits/clean": _load("double_digits"),
+    "double_digits/hard": _load("double_digits"),
+    "double_digits/units": _load("double_digits"),
+    "folder": _load("folder"),
+    "imagenet2012": _load("imagenet"),
 }
 _TFDS = "tfds:"  # before the name of any other data set of TFDS
+
+# Shape of the images, ImageNet's as they are usually cropped, and number of classes.
+KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {
+    "digits": ((8, 8, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "double_digits/clean": ((32, 32, 3), 100),
+    "double_digits/hard": ((32, 32, 3), 100),
+    "double_digits/units": ((32, 32, 3), 10),
+    "imagenet2012": ((224, 224, 3), 1000),
+}
 
 
 def names() -> tuple[str, ...]:
@@ -80,10 +56,24 @@ def create(config: ml_collections.ConfigDict) -> Data:
     """
     name = config.data.name
     if name.startswith(_TFDS):
-        return _named(config)
+        return _load("tfds_by_name")(config)
     if name not in _LOADERS:
         raise ConfigError(
             f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}, and "
             f"{_TFDS}NAME for others of TFDS"
         )
     return _LOADERS[name](config)
+
+
+def known_images(
+    config: ml_collections.ConfigDict,
+) -> tuple[tuple[int, int, int] | None, int | None]:
+    """Image shape (H, W, C) and number of classes of the configured data, without preparing them.
+
+    None stands for what only the data themselves can tell.
+    """
+    side = config.data.image_size
+    shape, num_classes = KNOWN.get(config.data.name, (None, None))
+    if side:
+        shape = (side, side, shape[-1] if shape else 3)
+    return shape, num_classes

@@ -1,18 +1,17 @@
 """What a data set offers to training and evaluation.
 
-Here are the types, the checks of batch sizes that all data sets share, and `place`, which puts host
-arrays on devices. How batches are made is in `input/`.
+Here are the types, and the checks that all data sets share. How batches are made is in `input/`.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_collections
-import numpy as np
 
 from dfs_jax.config import ConfigError
+from dfs_jax.models.inputs import Inputs, abstract
 
 Batch = dict[str, jax.Array]
 
@@ -26,12 +25,28 @@ class Spec:
     """What a network and a report need to know about a data set."""
 
     name: str
-    image_shape: tuple[int, int, int]  # (H, W, C) of the batches, after resizing
+    inputs: Inputs  # of one example, by the names that batches have them under
     num_classes: int
     class_names: tuple[str, ...]
     train_size: int
     validation_size: int
     test_size: int
+
+    def batch(self, count: int) -> Any:
+        """What a network takes for `count` examples, as shapes and types."""
+        return abstract(self.inputs, count)
+
+    @property
+    def side(self) -> int:
+        """Length of an example's first axis: an image's height in pixels, a sentence's tokens."""
+        return max((*x.shape, 1)[0] for x in self.inputs.values())
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{k}s of {'x'.join(map(str, x.shape))}" for k, x in self.inputs.items())
+        return (
+            f"{self.name}: {self.train_size} training, {self.validation_size} validation, "
+            f"{self.test_size} test {shapes}, {self.num_classes} classes"
+        )
 
 
 class TrainSource(Protocol):
@@ -42,14 +57,13 @@ class TrainSource(Protocol):
     def batches(
         self, start: int, sharding: jax.sharding.NamedSharding | None = None
     ) -> Iterator[Batch]:
-        """Batches of steps start, start + 1, ...: `image` (B, H, W, C) float32, `label` (B,) int32.
+        """Batches of steps start, start + 1, ...: the inputs of `Spec`, and `label` (B,) int32.
 
-        B is `config.train.batch_size`, over all devices and processes. Images are augmented and
-        normalised; where they are also mixed, `label` is a distribution (B, K) float32 over the
-        classes. The batch of step s is a pure function of (`config.data.seed`, s). `sharding`
-        divides the leading axis over devices; None: the default device.
+        B is `config.train.batch_size`, over all devices and processes. Images (B, H, W, C) are
+        augmented and normalised; where they are also mixed, `label` is a distribution (B, K)
+        float32 over the classes. The batch of step s is a pure function of (`config.data.seed`,
+        s). `sharding` divides the leading axis over devices; None: the default device.
         """
-        ...
 
 
 class EvalSource(Protocol):
@@ -59,12 +73,11 @@ class EvalSource(Protocol):
     num_batches: int
 
     def batches(self, sharding: jax.sharding.NamedSharding | None = None) -> Iterator[Batch]:
-        """All batches: `image` (B, H, W, C) float32, `label` (B,) int32, `mask` (B,) bool.
+        """All batches: the inputs of `Spec`, `label` (B,) int32, `mask` (B,) bool.
 
         B is `config.train.eval_batch_size`, over all devices and processes. The last batch is
         filled up with repeated examples whose mask is False. `sharding` as in `TrainSource`.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +109,3 @@ def check_seed(config: ml_collections.ConfigDict) -> int:
     if not 0 <= seed < 2**32:
         raise ConfigError(f"data.seed {seed} is not between 0 and 2**32 - 1")
     return seed
-
-
-def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """`array`, the same on every process, on the devices of `sharding` (None: the default one).
-
-    Every transfer is explicit, so that it passes `jax.transfer_guard("disallow")`, and no
-    process waits for another: `jax.device_put` alone would first compare the array across
-    processes, and `jax.make_array_from_callback` is refused by the guard.
-    """
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    pieces = [
-        jax.device_put(array[index], device)
-        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, pieces)

@@ -11,14 +11,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dfs_jax.config import command
 from dfs_jax.data.pipeline import DataError
-from dfs_jax.data.sets.archives import manual_dir
-
-if TYPE_CHECKING:
-    pass
+from dfs_jax.data.sets import archives
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace) -> None:
     import tensorflow_datasets as tfds
 
-    from dfs_jax.data.sets import archives, builders, imagenet
+    from dfs_jax.data.sets import builders, imagenet
 
     data_dir = arguments.data_dir or tfds.core.constants.DATA_DIR
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    by_hand = arguments.manual_dir or manual_dir(data_dir)
+    by_hand = arguments.manual_dir or archives.manual_dir(data_dir)
     try:
         builder = tfds.builder(
             arguments.name, data_dir=data_dir, file_format=arguments.file_format, try_gcs=False
@@ -59,7 +55,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if builder.name == imagenet.NAME:
             imagenet.verify(by_hand, partial=arguments.partial)
         else:
-            archives.check(builder, os.path.join(data_dir, "downloads"), by_hand)
+            archives.check_available(builder, data_dir, by_hand)
         builders.hide_accelerators()
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(

@@ -16,10 +16,8 @@ from dfs_jax.config import ConfigError
 # A process that says nothing for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 10
 
-
 # How long a process that is done waits for the others.
 _SHUTDOWN_SECONDS = 30
-
 
 # Words of the errors that collectives raise when another process is gone.
 _LOST = ("gloo", "connection", "peer", "unavailable", "heartbeat", "coordination", "deadline")

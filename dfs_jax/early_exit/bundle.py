@@ -20,7 +20,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,11 +31,14 @@ from dfs_jax.early_exit.budget import Thresholds
 from dfs_jax.early_exit.preprocessing import Preprocessing
 from dfs_jax.early_exit.router import Answers, Router
 from dfs_jax.early_exit.stages import Arrays, Program, Stage
+from dfs_jax.writing.files import write_whole
 
 FORMAT = "dfs_jax early exit"
 VERSION = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.npz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every member: equal contents give equal files
+
+_Avals = tuple[tuple[str, tuple[int, ...]], ...]  # type and shape of each array
 
 _SEAL = b"sha256:"
 _SEAL_SIZE = len(_SEAL) + 64
@@ -79,21 +82,26 @@ class EarlyExit:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EarlyExit":
         """The bundle in the file `path`. Raises BundleError for a damaged or foreign file."""
-        manifest, members = _read(path)
         try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            manifest, members = _verified(data)
             _check_versions(manifest)
             with np.load(io.BytesIO(members[WEIGHTS]), allow_pickle=False) as arrays:
                 weights = {name: jax.device_put(arrays[name]) for name in arrays.files}
             return cls(manifest, _stages(manifest, members, weights))
         except BundleError as error:
-            raise BundleError(f"{path} {error}") from None
+            raise BundleError(f"{path} {error}") from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BundleError(
                 f"{path} has a {MANIFEST} that cannot be used: {type(error).__name__}: {error}"
             ) from error
 
     def warmup(self) -> None:
-        """Compile every program; after this, nothing is compiled whatever is asked."""
+        """See `Router.warmup`."""
         self.router.warmup()
 
     def within(self, budget: float | None) -> Thresholds:
@@ -132,20 +140,29 @@ class EarlyExit:
         return images
 
 
-# Stages from exported programs.
-
-
 def _stages(
     manifest: Mapping[str, Any], members: Mapping[str, bytes], weights: Mapping[str, jax.Array]
 ) -> tuple[Stage, ...]:
+    shared = {
+        "platforms": tupled(manifest["platforms"]),
+        "calling_convention_version": int(manifest["calling_convention_version"]),
+    }
+
+    def exported_later(entry: Mapping[str, Any]) -> Callable[[], jax.export.Exported]:
+        read = functools.partial(
+            _exported,
+            members[entry["file"]],
+            inputs=tupled(entry["inputs"]),
+            outputs=tupled(entry["outputs"]),
+            module_kept_var_idx=tupled(entry["kept"]),
+            uses_global_constants=bool(entry["uses_global_constants"]),
+            **shared,
+        )
+        return functools.cache(read)
+
     def program(entry: Mapping[str, Any]) -> Program:
         names = tuple(entry["weights"])
-        exported = {
-            int(size): functools.cache(
-                functools.partial(_exported, _Signature.of(p, manifest), members[p["file"]])
-            )
-            for size, p in entry["programs"].items()
-        }
+        exported = {int(size): exported_later(p) for size, p in entry["programs"].items()}
         if sorted(exported) != sorted(manifest["batch_sizes"]):
             raise ValueError("not every program is there for every batch size")
 
@@ -165,49 +182,22 @@ def _stages(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Signature:
-    """What a program's portable bytes do not say about themselves."""
-
-    inputs: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
-    outputs: tuple[tuple[str, tuple[int, ...]], ...]
-    kept: tuple[int, ...]  # the inputs that the program takes; it ignores the others
-    platforms: tuple[str, ...]
-    calling_convention_version: int
-    uses_global_constants: bool
-
-    @classmethod
-    def of(cls, program: Mapping[str, Any], manifest: Mapping[str, Any]) -> "_Signature":
-        return cls(
-            tupled(program["inputs"]),
-            tupled(program["outputs"]),
-            tupled(program["kept"]),
-            tupled(manifest["platforms"]),
-            int(manifest["calling_convention_version"]),
-            bool(program["uses_global_constants"]),
-        )
-
-
-def _exported(signature: _Signature, program: bytes) -> jax.export.Exported:
-    """The exported function with this signature.
+def _exported(
+    program: bytes, *, inputs: _Avals, outputs: _Avals, platforms: tuple[str, ...], **fields: Any
+) -> jax.export.Exported:
+    """The exported function of this signature, of which a program's bytes say nothing.
 
     jax.export's own file format would need one package more. So an empty function of the same
-    signature is exported, and the program put in its place.
+    signature is exported, and the program and the other `fields` are put in their place.
     """
 
     def empty(*arguments):
         del arguments
-        return tuple(jax.numpy.zeros(shape, dtype) for dtype, shape in signature.outputs)
+        return tuple(jax.numpy.zeros(shape, dtype) for dtype, shape in outputs)
 
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in signature.inputs]
-    frame = jax.export.export(jax.jit(empty), platforms=signature.platforms)(*shapes)
-    return dataclasses.replace(
-        frame,
-        mlir_module_serialized=program,
-        module_kept_var_idx=signature.kept,
-        calling_convention_version=signature.calling_convention_version,
-        uses_global_constants=signature.uses_global_constants,
-    )
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in inputs]
+    frame = jax.export.export(jax.jit(empty), platforms=platforms)(*shapes)
+    return dataclasses.replace(frame, mlir_module_serialized=program, **fields)
 
 
 def _check_versions(manifest: Mapping[str, Any]) -> None:
@@ -228,9 +218,6 @@ def tupled(value: Any) -> Any:
     return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
-# The file.
-
-
 def write(
     path: str | os.PathLike, manifest: Mapping[str, Any], members: Mapping[str, bytes]
 ) -> None:
@@ -249,27 +236,11 @@ def write(
             archive.writestr(zipfile.ZipInfo(name, EPOCH), content, method)
         archive.comment = bytes(_SEAL_SIZE)
     body = buffer.getvalue()[:-_SEAL_SIZE]
-    unfinished = f"{os.fspath(path)}.tmp"
-    with open(unfinished, "wb") as file:
-        file.write(body + _seal(body))
-    os.replace(unfinished, path)
-
-
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and verified members of the bundle in `path`; raises BundleError."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        manifest, members = _verified(data)
-    except BundleError as error:
-        raise BundleError(f"{path} {error}") from error
-    return manifest, members
+    write_whole(path, body + _seal(body))
 
 
 def _verified(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and members of a bundle; raises BundleError, which does not name the file."""
     # Damage can make zipfile and json raise almost anything: every exception is a finding.
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""Export of a trained run to one file that `bundle.EarlyExit` answers images with; own command.
+"""Export of a trained run to one file that `bundle.EarlyExit` answers images with; a command.
 
     python -m dfs_jax.early_exit.export --workdir DIR --out BUNDLE [--step latest|best|N]
         [--batch-size B] [--score max_softmax|margin|entropy|patience]
@@ -29,7 +29,7 @@ from dfs_jax.early_exit import bundle, confidence
 from dfs_jax.early_exit.budget import ALWAYS, NEVER, Thresholds
 from dfs_jax.early_exit.preprocessing import Preprocessing
 from dfs_jax.early_exit.router import batch_sizes
-from dfs_jax.early_exit.stages import Program, Stage
+from dfs_jax.early_exit.stages import Program, Stage, named_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -50,22 +50,17 @@ def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequen
     """Write the bundle of `stages` for batches of `sizes` to `path`. Raises OSError."""
     members: dict[str, bytes] = {}
     entries = []
-    avals = {size: (_image(size, contents.preprocessing),) for size in sizes}
+    shape = contents.preprocessing.image_shape
+    avals = {size: (jax.ShapeDtypeStruct((size, *shape), jnp.float32),) for size in sizes}
     for i, stage in enumerate(stages, 1):
         segment, results = _programs(f"segment{i}", stage.segment, avals, members)
         exit_inputs = {size: r[stage.carried :] for size, r in results.items()}
         head, logits = _programs(f"exit{i}", stage.head, exit_inputs, members)
-        entry = {"carried": stage.carried, "tells": stage.tells, "segment": segment, "head": head}
-        entries.append(entry)
-        avals = {size: r[: stage.carried] for size, r in results.items()}
-        if stage.tells:
-            avals = {size: (*carried, *logits[size]) for size, carried in avals.items()}
-    weights = {
-        name: np.asarray(weight)
-        for stage in stages
-        for program in (stage.segment, stage.head)
-        for name, weight in zip(program.names, program.weights, strict=True)
-    }
+        entries.append(
+            {"carried": stage.carried, "tells": stage.tells, "segment": segment, "head": head}
+        )
+        avals = {size: stage.onwards(r, logits[size]) for size, r in results.items()}
+    weights = named_weights(stages)
     manifest = {
         "made_by": _versions(),
         **contents.about,
@@ -84,7 +79,7 @@ def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequen
 
 
 def short_side(crop: int) -> int:
-    """Pixels of an image's short side before its centre crop of `crop`, as in `data.decode`."""
+    """Pixels of an image's short side before its centre crop of `crop`: see `input/decode.py`."""
     return round(crop * 256 / 224)
 
 
@@ -131,10 +126,6 @@ def _described(aval: Any) -> tuple[str, list[int]]:
     return str(aval.dtype), list(aval.shape)
 
 
-def _image(size: int, preprocessing: Preprocessing) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *preprocessing.image_shape), jnp.float32)
-
-
 def _npz(weights: Mapping[str, np.ndarray]) -> bytes:
     """What `np.savez` writes, but for the time of day."""
     buffer = io.BytesIO()
@@ -148,13 +139,8 @@ def _npz(weights: Mapping[str, np.ndarray]) -> bytes:
 
 def _versions() -> dict[str, str]:
     packages = ("dfs_jax", "jax", "jaxlib", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
-# The command.
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), **versions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,7 +172,7 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     run = prepare(workdirs.saved_config(arguments.workdir))
     spec = run.data.spec
-    costs = exit_costs(run.network, spec.image_shape).cumulative
+    costs = exit_costs(run.network, spec.batch(1)).cumulative
     step, state = restore(run, arguments.workdir, arguments.step)
     chosen = _saved_thresholds(arguments.workdir, step, len(costs))
     score = arguments.score or (chosen.confidence if chosen else "max_softmax")
@@ -206,7 +192,7 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
         about={**_network(run.config), "data": spec.name, "step": step},
     )
     variables = jax.device_get(state.variables)  # off the mesh: a program runs on one device
-    parts = stages.from_network(run.network, variables, spec.image_shape)
+    parts = stages.from_network(run.network, variables, spec.batch(1))
     sizes = batch_sizes(arguments.batch_size)
     try:
         export(arguments.out, parts, contents, sizes)
@@ -268,11 +254,11 @@ def _preprocessing(run: Any) -> Preprocessing:
     from dfs_jax.data.input import in_memory
 
     spec, in_full = run.data.spec, isinstance(run.data.test, in_memory.InMemoryEval)
-    side, _, channels = spec.image_shape
+    image_shape = side, _, channels = spec.inputs["image"].shape
     own = {"imagenet2012": "imagenet"}.get(spec.name, spec.name)
     mean, std = normalization.statistics(run.config, own, channels)
     return Preprocessing(
-        spec.image_shape,
+        image_shape,
         mean,
         std,
         short_side=0 if in_full else short_side(side),

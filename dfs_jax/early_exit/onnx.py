@@ -15,13 +15,13 @@ from the bundle's manifest and takes the weights from the bundle.
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dfs_jax.early_exit import bundle
-from dfs_jax.early_exit.stages import Arrays, Program, Stage
+from dfs_jax.early_exit.stages import Arrays, Program, Stage, from_network, named_weights
 
 FORMAT, VERSION = "dfs_jax early exit onnx", 1
 TOOLS = ("jax2onnx", "onnx", "onnxruntime")
@@ -47,9 +47,6 @@ class Difference(NamedTuple):
     file: str  # without its ending
     greatest: float  # absolute difference
     relative: float  # the greatest over max(1, largest value of that array)
-
-
-# The network of a bundle.
 
 
 def network(manifest: Mapping[str, Any]) -> Any:
@@ -79,21 +76,11 @@ def rebuilt(early_exit: bundle.EarlyExit) -> tuple[Stage, ...]:
 
     Raises ValueError as `network` does, and for weights that are not that network's.
     """
-    from dfs_jax.early_exit import stages
-
-    module, image_shape = network(early_exit.manifest), early_exit.preprocessing.image_shape
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    module = network(early_exit.manifest)
+    images = jax.ShapeDtypeStruct((1, *early_exit.preprocessing.image_shape), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)
-    return stages.from_network(module, _filled(shapes, _weights(early_exit)), image_shape)
-
-
-def _weights(early_exit: bundle.EarlyExit) -> dict[str, np.ndarray]:
-    return {
-        name: np.asarray(weight)
-        for stage in early_exit.stages
-        for program in (stage.segment, stage.head)
-        for name, weight in zip(program.names, program.weights, strict=True)
-    }
+    variables = _filled(shapes, named_weights(early_exit.stages))
+    return from_network(module, variables, images)
 
 
 def _filled(shapes: Any, weights: Mapping[str, np.ndarray]) -> Any:
@@ -113,9 +100,6 @@ def _filled(shapes: Any, weights: Mapping[str, np.ndarray]) -> Any:
     if missing:
         raise ValueError(f"has a weight {min(missing)}, which the network it names does not have")
     return variables
-
-
-# What jax2onnx converts well.
 
 
 def plain(closed: jax_core.ClosedJaxpr) -> Function:
@@ -184,9 +168,6 @@ _REWRITTEN = {
 }
 
 
-# Conversion.
-
-
 def convert(stages: Sequence[Stage], image_shape: tuple[int, int, int]) -> dict[str, bytes]:
     """The ONNX model of every segment and exit by name (segment1, exit1, …), any batch size.
 
@@ -199,7 +180,7 @@ def convert(stages: Sequence[Stage], image_shape: tuple[int, int, int]) -> dict[
     for i, stage in enumerate(stages, 1):
         models[f"segment{i}"], results = _converted(f"segment{i}", stage.segment, avals)
         models[f"exit{i}"], logits = _converted(f"exit{i}", stage.head, results[stage.carried :])
-        avals = (*results[: stage.carried], *(logits if stage.tells else ()))
+        avals = stage.onwards(results, logits)
     return models
 
 
@@ -235,20 +216,18 @@ def _name_outputs(model: Any) -> None:
         output.name = name
 
 
-# Check.
-
-
 def session(name: str, model: bytes) -> Function:
     """`model` run by onnxruntime on the CPU. Raises ValueError, now or when called, if it fails."""
     import onnxruntime
 
-    with _told(f"and onnxruntime {onnxruntime.__version__} fails at its {name}.onnx"):
+    told = f"and onnxruntime {onnxruntime.__version__} fails at its {name}.onnx"
+    with _told(told):
         runtime = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [given.name for given in runtime.get_inputs()]
 
     def run(*arguments: Any) -> Sequence[np.ndarray]:
         given = dict(zip(names, map(np.asarray, arguments), strict=True))
-        with _told(f"and onnxruntime {onnxruntime.__version__} fails at its {name}.onnx"):
+        with _told(told):
             return runtime.run(None, given)
 
     return run
@@ -282,8 +261,8 @@ def differences(
         expected_logits = stage.head.call(stage.head.weights, expected[stage.carried :])
         logits = functions[f"exit{i}"](*results[stage.carried :])
         found.append(_difference(f"exit{i}", expected_logits, logits))
-        ours = (*expected[: stage.carried], *(expected_logits if stage.tells else ()))
-        theirs = (*results[: stage.carried], *(logits if stage.tells else ()))
+        ours = stage.onwards(expected, expected_logits)
+        theirs = stage.onwards(results, logits)
     return found
 
 
@@ -324,9 +303,6 @@ def _checked(
     return greatest
 
 
-# The command.
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the command with arguments `argv`."""
     from dfs_jax.config import command
@@ -346,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert_bundle(arguments: argparse.Namespace) -> None:
-    from dfs_jax.config import ConfigError
-    from dfs_jax.config.tables import format_table
+    from dfs_jax.config import ConfigError, refusals
+    from dfs_jax.writing.tables import format_table
 
     out = os.path.abspath(arguments.out)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
@@ -364,10 +340,8 @@ def _convert_bundle(arguments: argparse.Namespace) -> None:
         )
     for noisy in ("jax2onnx", "onnx_ir"):  # of every file, of every shape that is not inferred
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
+    with refusals("--bundle"):
         early_exit = bundle.EarlyExit.load(arguments.bundle)
-    except bundle.BundleError as error:
-        raise ConfigError(f"--bundle: {error}") from error
     try:
         models = convert(rebuilt(early_exit), early_exit.preprocessing.image_shape)
         found = _checked(early_exit, models, arguments.tolerance)
@@ -394,11 +368,10 @@ def _manifest(
         }
 
     kept = ("network", "labels", "costs", "preprocessing", "thresholds", "family")
-    packages = ("jax", *TOOLS)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made_by": {package: importlib.metadata.version(package) for package in packages},
+        "made_by": {name: importlib.metadata.version(name) for name in ("jax", *TOOLS)},
         **{name: early_exit.manifest[name] for name in kept},
         "stages": [
             {
@@ -433,14 +406,12 @@ def _write(out: str, models: Mapping[str, bytes], manifest: Mapping[str, Any]) -
     parent = os.path.dirname(out)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
-        unfinished = functools.partial(os.path.join, scratch, "onnx")
-        os.mkdir(unfinished())
+        unfinished = pathlib.Path(scratch) / "onnx"
+        unfinished.mkdir()
         for name, model in models.items():
-            with open(unfinished(f"{name}.onnx"), "wb") as file:
-                file.write(model)
-        with open(unfinished("manifest.json"), "w") as file:
-            json.dump(manifest, file, indent=1, allow_nan=False)
-        os.replace(unfinished(), out)
+            (unfinished / f"{name}.onnx").write_bytes(model)
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        unfinished.replace(out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From the pixels of an image of any size to what a network takes; numpy alone.
 
-The same arithmetic as the evaluation's of `data`: what was measured there holds for images that
+The same arithmetic as in the evaluation of `data/`: what was measured there holds for images that
 come this way. Reading files is the caller's matter.
 """
 

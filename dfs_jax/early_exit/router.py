@@ -24,10 +24,6 @@ from dfs_jax.early_exit import confidence as scores
 from dfs_jax.early_exit.budget import Thresholds
 from dfs_jax.early_exit.stages import Stage
 
-# ---------------------------------------------------------------------------------------------
-# Decisions
-# ---------------------------------------------------------------------------------------------
-
 
 def batch_sizes(largest: int) -> tuple[int, ...]:
     """A few sizes up to `largest` that waste little: its eighths, and below them each a quarter.
@@ -67,11 +63,6 @@ def next_stage(waiting: Sequence[int], largest: int, *, drain: bool) -> int | No
     if full:
         return full[-1]
     return next((i for i, count in enumerate(waiting) if count), None) if drain else None
-
-
-# ---------------------------------------------------------------------------------------------
-# The router
-# ---------------------------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -132,16 +123,19 @@ class Router:
             raise ValueError(f"batch sizes must be positive numbers, got {tuple(sizes)}")
         self.confidence = confidence
         self.sizes = tuple(sorted(set(sizes)))
+        # A queue runs as soon as it holds a full batch, and gains at most one at a time.
+        self._capacity = 2 * self.sizes[-1] - 1
         self.image_shape = tuple(image_shape)
         self._stages = tuple(stages)
+        self.num_exits = len(self._stages)
         self._weights = [jax.device_put(stage.weights) for stage in self._stages]
         self._record = np.dtype(
             [
                 ("request", np.int64),
                 ("row", np.int64),
-                ("thresholds", np.float64, (len(self._stages),)),
+                ("thresholds", np.float64, (self.num_exits,)),
                 ("injected", np.bool_),
-                ("confidences", np.float64, (len(self._stages),)),
+                ("confidences", np.float64, (self.num_exits,)),
                 ("slot", np.int32),
             ]
         )
@@ -150,10 +144,6 @@ class Router:
         self._tickets = 0
         self.reset()
 
-    @property
-    def num_exits(self) -> int:
-        return len(self._stages)
-
     def warmup(self) -> None:
         """Compile every program; after this, nothing is compiled whatever is asked."""
         for size in self.sizes:
@@ -161,7 +151,8 @@ class Router:
                 self._compiled(self._step_program, i, size)
                 if i + 1 < self.num_exits:
                     self._compiled(self._put_program, i, size)
-        self._allocate()
+        for i in range(1, self.num_exits):
+            self._allocate(i)
 
     def reset(self) -> None:
         """Forget every request and everything that waits."""
@@ -220,9 +211,10 @@ class Router:
         """
         images = np.asarray(images, np.float32)
         self._check(images, thresholds, confidences)
-        count, classes, dtype = len(images), *self._logits()
+        count, like = len(images), self._abstract[0][1]
         ticket, self._tickets = self._tickets, self._tickets + 1
-        answers = Answers(np.zeros((count, classes), dtype), np.zeros(count, int), np.zeros(count))
+        logits = np.zeros((count, like.shape[-1]), like.dtype)
+        answers = Answers(logits, np.zeros(count, int), np.zeros(count))
         self._requests[ticket] = _Request(answers, count)
         records = np.zeros(count, self._record)
         records["request"], records["row"] = ticket, np.arange(count)
@@ -274,7 +266,8 @@ class Router:
             source = jax.device_put(self._next_images(len(batch), size))
             carry, logits, confidence = step(self._weights[0], source)
         else:
-            slots = _filled(batch["slot"], size, batch["slot"][0])
+            slots = np.full(size, batch["slot"][0])
+            slots[: len(batch)] = batch["slot"]
             carry, logits, confidence = step(
                 self._weights[i], self._pools[i], jax.device_put(slots)
             )
@@ -320,37 +313,25 @@ class Router:
             request.missing -= len(at)
 
     def _next_images(self, count: int, size: int) -> np.ndarray:
-        pieces = []
+        pieces, missing = [], size - count
         while count:
             images = self._images.popleft()
             pieces.append(images[:count])
             if len(images) > count:
                 self._images.appendleft(images[count:])
             count -= len(pieces[-1])
-        missing = size - sum(map(len, pieces))
         if missing:
             pieces.append(np.zeros((missing, *self.image_shape), np.float32))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     # Programs.
 
-    @property
-    def _capacity(self) -> int:
-        # A queue runs as soon as it holds a full batch, and gains at most one at a time.
-        return 2 * self.sizes[-1] - 1
-
-    def _allocate(self, *stages: int) -> None:
-        for i in stages or range(1, self.num_exits):
-            if self._pools[i] is None:
-                self._pools[i] = tuple(
-                    jax.device_put(np.zeros((self._capacity, *leaf.shape[1:]), leaf.dtype))
-                    for leaf in self._carry(i, self._capacity)
-                )
-
-    def _logits(self) -> tuple[int, np.dtype]:
-        """Number of classes and type of the logits."""
-        _, logits, _ = self._abstract[0]
-        return logits.shape[-1], logits.dtype
+    def _allocate(self, i: int) -> None:
+        if self._pools[i] is None:
+            self._pools[i] = tuple(
+                jax.device_put(np.zeros(leaf.shape, leaf.dtype))
+                for leaf in self._carry(i, self._capacity)
+            )
 
     def _carry(self, i: int, size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What stage i receives, for a batch of `size`."""
@@ -434,10 +415,6 @@ class Router:
                 f"confidences must have shape {(self.num_exits, len(images))}, "
                 f"got {np.shape(confidences)}"
             )
-
-
-def _filled(values: np.ndarray, size: int, filling: int) -> np.ndarray:
-    return np.concatenate([values, np.full(size - len(values), filling, values.dtype)])
 
 
 def _groups(requests: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

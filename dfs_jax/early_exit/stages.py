@@ -1,13 +1,13 @@
 """A multi-exit network as a chain of stages: functions of flat tuples of arrays.
 
 A stage is a segment and its exit. The router runs stages and does not ask where they come from:
-`from_network` makes them from a network and its variables, `bundle` from exported programs.
+`from_network` makes them from a network and its variables, `bundle.py` from exported programs.
 Flat tuples, because an exported program knows no other containers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ class Program:
 class Stage:
     """Segment and exit i of a network.
 
-    `segment` takes what the stage before carried on (the images for the first one) and returns
+    `segment` takes what the stage before carried on (the input for the first one) and returns
     `carried` arrays for the stage after it, then those for the exit; `head` takes the latter and
     returns the logits (B, K) alone. With `tells` the logits are carried on too, as the last array,
     for the exit of the stage after it to see. The last stage carries nothing.
@@ -49,7 +49,11 @@ class Stage:
         """(carry for the next stage, logits (B, K)); to be traced with `self.weights`."""
         results = self.segment.call(weights[0], carry)
         (logits,) = self.head.call(weights[1], results[self.carried :])
-        return (*results[: self.carried], *((logits,) if self.tells else ())), logits
+        return self.onwards(results, (logits,)), logits
+
+    def onwards(self, results: Sequence[Any], logits: Sequence[Any]) -> tuple[Any, ...]:
+        """What the next stage gets of what segment and head returned."""
+        return (*results[: self.carried], *(logits if self.tells else ()))
 
     @property
     def weights(self) -> tuple[Arrays, Arrays]:
@@ -57,17 +61,25 @@ class Stage:
         return self.segment.weights, self.head.weights
 
 
-def from_network(
-    network: Any, variables: Any, image_shape: tuple[int, int, int]
-) -> tuple[Stage, ...]:
-    """The stages of `network` (anything that fulfils DESIGN's contract) on images (H, W, C).
+def named_weights(stages: Sequence[Stage]) -> dict[str, np.ndarray]:
+    """Every weight of `stages` once, by name."""
+    return {
+        name: np.asarray(weight)
+        for stage in stages
+        for program in (stage.segment, stage.head)
+        for name, weight in zip(program.names, program.weights, strict=True)
+    }
+
+
+def from_network(network: Any, variables: Any, batch: Any) -> tuple[Stage, ...]:
+    """The stages of `network` (a `MultiExit`) on its input: `batch`, of which shapes are enough.
 
     Every program holds only the weights that it reads, so that calling it costs no more
-    dispatch than it must. Raises ValueError for images that the network refuses.
+    dispatch than it must. Raises ValueError for input that the network refuses.
     """
     collaboration = getattr(network, "collaboration", False)
     stages: list[Stage] = []
-    carry: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    carry = batch
     told: Arrays = ()  # logits of the exit before, where exits see them
     while carry is not None:
         i = len(stages)

@@ -19,7 +19,6 @@ reported are medians over rounds.
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,8 @@ from dfs_jax.early_exit import router, stages
 from dfs_jax.early_exit.budget import ALWAYS, Thresholds
 from dfs_jax.early_exit.router import Router
 from dfs_jax.early_exit.stages import Stage
+from dfs_jax.profiling.timing import timed
+from dfs_jax.writing.tables import format_table
 
 RATIOS = (0.25, 0.5, 1.0, 2.0)
 _HALFWAY = 0.5  # prescribed confidences are 0 and 1
@@ -78,8 +79,6 @@ def measure(
 
 def table(speedups: Sequence[Speedup]) -> str:
     """The speed-ups as aligned lines."""
-    from dfs_jax.config.tables import format_table
-
     rows = [
         (
             f"{s.ratio:g}",
@@ -112,8 +111,7 @@ class _Alone:
             exit_input = results[stage.carried :]
             self.segments.append(functools.partial(segment, stage.segment.weights, carry))
             self.heads.append(functools.partial(head, stage.head.weights, exit_input))
-            told = head(stage.head.weights, exit_input) if stage.tells else ()
-            carry = (*results[: stage.carried], *told)
+            carry = stage.onwards(results, head(stage.head.weights, exit_input))
 
 
 def _last_logits(parts: Sequence[Stage], weights: Any, carry: Any) -> jax.Array:
@@ -129,12 +127,12 @@ def _round(
     batch, refill = [], []
     for prescribed in exits:
         requests = np.split(prescribed, batches, axis=1)
-        batch.append(_seconds(lambda r=requests: [_ask(routed, images, [c]) for c in r]))
-        refill.append(_seconds(lambda r=requests: _ask(routed, images, r)))
+        batch.append(timed(lambda r=requests: [_ask(routed, images, [c]) for c in r])[1])
+        refill.append(timed(lambda r=requests: _ask(routed, images, r))[1])
     return Round(
-        np.array([_seconds(segment) for segment in alone.segments]),
-        np.array([_seconds(head) for head in alone.heads]),
-        _seconds(alone.full),
+        np.array([timed(segment)[1] for segment in alone.segments]),
+        np.array([timed(head)[1] for head in alone.heads]),
+        timed(alone.full)[1],
         np.array(batch) / batches,
         np.array(refill) / batches,
     )
@@ -163,12 +161,6 @@ def _prescribed(rng: np.random.Generator, size: int, num_exits: int, ratio: floa
     return (np.arange(num_exits)[:, None] >= rng.permutation(exits)).astype(np.float64)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def _speedup(
     ratio: float, prescribed: np.ndarray, r: int, rounds: Sequence[Round], num_exits: int
 ) -> Speedup:
@@ -179,9 +171,6 @@ def _speedup(
     refill = np.array([m.full / m.refill[r] for m in rounds])
     medians = map(np.median, (promised, batch, refill, batch / promised, refill / promised))
     return Speedup(ratio, tuple(leaving), *map(float, medians))
-
-
-# The command.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,25 +186,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, config: Any) -> None:
-    from dfs_jax import flops
+    from dfs_jax import data
     from dfs_jax.config import ConfigError
     from dfs_jax.training.run import create_network
 
     for flag in ("batch_size", "batches", "repeats"):
         if getattr(arguments, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1")
-    if config.data.name not in flops.DATA_SETS:
+    image_shape, classes = data.known_images(config)
+    if classes is None:
         raise ConfigError(
             f"the images of data set {config.data.name!r} are not known here; "
-            f"known: {', '.join(flops.DATA_SETS)}"
+            f"known: {', '.join(data.KNOWN)}"
         )
-    (height, width, channels), classes = flops.DATA_SETS[config.data.name]
-    side = config.data.image_size
-    image_shape = (side, side, channels) if side else (height, width, channels)
     network = create_network(config, classes)
     images = np.zeros((1, *image_shape), np.float32)
     variables = jax.jit(network.init)(jax.random.key(config.seed), images)
-    parts = stages.from_network(network, variables, image_shape)
+    parts = stages.from_network(network, variables, images)
     speedups = measure(
         parts,
         image_shape,

@@ -9,11 +9,11 @@ import numpy as np
 
 from dfs_jax.data.pipeline import EvalSource
 from dfs_jax.early_exit import confidence
-from dfs_jax.models import MultiExit
+from dfs_jax.models import MultiExit, inputs
 from dfs_jax.training.counts import ExitCounts, Variables, count_batch, one_behind, total_counts
 
 
-class Answers(NamedTuple):
+class SplitAnswers(NamedTuple):
     """What every exit says about every example of a split: N exits, B examples, on the host."""
 
     counts: ExitCounts
@@ -41,7 +41,7 @@ def answerer(
     """The compiled function (variables, batch) -> counts and all answers of one masked batch."""
 
     def answer(variables, batch):
-        logits = network.apply(variables, batch["image"], train=False).logits
+        logits = network.apply(variables, inputs.of_batch(batch), train=False).logits
         counts = count_batch(logits, batch["label"], batch["mask"])
         stacked = jnp.stack(logits)
         classes = jax.lax.top_k(stacked, min(5, stacked.shape[-1]))[1]
@@ -60,8 +60,8 @@ def answer_split(
     variables: Variables,
     source: EvalSource,
     sharding: jax.sharding.NamedSharding,
-) -> Answers:
-    """The answer_split to every example of `source`, in its order.
+) -> SplitAnswers:
+    """The answers to every example of `source`, in its order.
 
     All stay in memory: 1 GB for 50,000 images, 1,000 classes and 5 exits.
     """
@@ -71,6 +71,6 @@ def answer_split(
         mask = jax.device_get(mask).astype(bool)
         kept.append([jax.device_get(labels)[mask], *(jax.device_get(x)[:, mask] for x in by_exit)])
     labels, *by_exit = zip(*kept, strict=True)
-    return Answers(
+    return SplitAnswers(
         total_counts(counts), np.concatenate(labels), *(np.concatenate(x, 1) for x in by_exit)
     )

@@ -1,13 +1,16 @@
 """Whether a confidence means what it says: reliability, calibration error, temperature.
 
 After Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
-Everything here is about one exit; numpy on whole splits.
+Numpy on whole splits: N exits, B examples, K classes; functions without N are about one exit.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from dfs_jax.writing.tables import format_table
 
 BINS = 15
 TEMPERATURES = (0.05, 20.0)  # where `fit_temperature` looks
@@ -20,6 +23,58 @@ class Reliability(NamedTuple):
     confidence: np.ndarray  # (bins,) their mean confidence, NaN where there are none
     accuracy: np.ndarray  # (bins,) the share that is right, likewise
     error: float  # expected calibration error: the mean of |accuracy - confidence| over answers
+
+
+class Calibration(NamedTuple):
+    """How far confidences are probabilities when the logits are divided by temperatures."""
+
+    temperatures: tuple[float, ...]  # (N,)
+    reliability: tuple[Reliability, ...]  # (N,)
+    nll: tuple[float, ...]  # (N,) mean cross-entropy in nats
+
+
+def measure(
+    logits: np.ndarray, labels: np.ndarray, correct: np.ndarray, temperatures: Sequence[float]
+) -> Calibration:
+    """Calibration of answers with `logits` (N, B, K), `correct` (N, B), at `temperatures` (N,)."""
+    found, nll = [], []
+    for z, right, temperature in zip(logits, correct, temperatures, strict=True):
+        found.append(reliability(max_softmax(z, temperature), right))
+        nll.append(negative_log_likelihood(z, labels, temperature))
+    return Calibration(tuple(temperatures), tuple(found), tuple(nll))
+
+
+def rows(
+    top1: Sequence[float], trained: Calibration, calibrated: Calibration | None
+) -> list[dict[str, Any]]:
+    """calibration.csv: one row per exit of accuracies `top1` (N,), as trained and `calibrated`.
+
+    Without the latter its columns are None.
+    """
+    found = []
+    for i, accuracy in enumerate(top1):
+        before = trained.reliability[i]
+        row: dict[str, Any] = {
+            "exit": i + 1,
+            "top1": accuracy,
+            "confidence": float(np.nansum(before.confidence * before.count) / before.count.sum()),
+            "ece": before.error,
+            "nll": trained.nll[i],
+            "temperature": calibrated and calibrated.temperatures[i],
+            "ece_calibrated": calibrated and calibrated.reliability[i].error,
+            "nll_calibrated": calibrated and calibrated.nll[i],
+        }
+        found.append(row)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What people want to know of `rows`."""
+    columns = {"confidence": "confidence", "ece": "calibration error"}
+    if rows[0]["temperature"] is not None:
+        columns |= {"temperature": "temperature", "ece_calibrated": "error with it"}
+    lines = [(str(row["exit"]), *(f"{row[name]:.4f}" for name in columns)) for row in rows]
+    return format_table(lines, ("exit", *columns.values()))
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:

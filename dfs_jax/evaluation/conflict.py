@@ -5,8 +5,6 @@ The cosines are those of `gradients/conflict.py`, as the training loop wrote the
 imported when something is drawn.
 """
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +14,8 @@ from etils import epath
 
 from dfs_jax.evaluation import plots
 from dfs_jax.training import metrics
+from dfs_jax.writing.files import write_whole
+from dfs_jax.writing.tables import csv_table
 
 _PAIR = re.compile(r"conflict/(?:segment(\d+)/)?exit(\d+)_exit(\d+)")
 _LAYER = re.compile(r"conflict/segment(\d+)/layer/(.+)")
@@ -52,38 +52,41 @@ def history(records: Sequence[Mapping[str, Any]]) -> History | None:
                 key = int(match[1]) - 1, match[2]
                 layers.setdefault(key, np.full(len(lines), np.nan))[t] = value
     steps = np.array([line["step"] for line in lines])
-    return History(steps, overall, segments, dict(sorted(layers.items(), key=_in_order)))
+    in_order = {key: layers[key] for key in sorted(layers, key=_in_order)}
+    return History(steps, overall, segments, in_order)
 
 
 def of_workdir(workdir: epath.PathLike) -> History | None:
-    """The history of the run in `workdir`, or None if conflict was not measured there."""
+    """The history of the run in `workdir`, as `history` makes it."""
     return history(metrics.read_metrics(workdir))
 
 
 def write(out: epath.Path, runs: Mapping[str, History]) -> tuple[str, ...]:
     """Writes the first run's table and the picture of all into `out`; returns the names."""
-    (out / "conflict.csv").write_text(table(next(iter(runs.values()))))
-    (out / "conflict.png").write_bytes(picture(runs))
+    write_whole(out / "conflict.csv", table(next(iter(runs.values()))))
+    write_whole(out / "conflict.png", picture(runs))
     return "conflict.csv", "conflict.png"
 
 
 def table(found: History) -> str:
     """conflict.csv: one line a step, one column a metric, as they are named in metrics.jsonl."""
     count = found.overall.shape[-1]
-    upper = list(zip(*np.triu_indices(count, 1), strict=True))
-    columns = {f"exit{i + 1}_exit{j + 1}": found.overall[:, i, j] for i, j in upper}
+    pairs = {f"exit{i + 1}_exit{j + 1}": (i, j) for i, j in np.transpose(np.triu_indices(count, 1))}
+    columns = {"step": found.steps}
+    columns |= {name: found.overall[:, *pair] for name, pair in pairs.items()}
     for s in range(count - 1):
-        for i, j in upper:
-            if i >= s:
-                name = f"segment{s + 1}/exit{i + 1}_exit{j + 1}"
-                columns[name] = found.segments[:, s, i, j]
+        columns |= {
+            f"segment{s + 1}/{name}": found.segments[:, s, *pair]
+            for name, pair in pairs.items()
+            if pair[0] >= s
+        }
     columns |= {f"segment{s + 1}/layer/{path}": v for (s, path), v in found.layers.items()}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", *columns])
-    for step, *values in zip(found.steps, *columns.values(), strict=True):
-        writer.writerow([step, *("" if np.isnan(v) else float(v) for v in values)])
-    return text.getvalue()
+    return csv_table(
+        [
+            {name: None if np.isnan(values[t]) else values[t] for name, values in columns.items()}
+            for t in range(len(found.steps))
+        ]
+    )
 
 
 def picture(runs: Mapping[str, History]) -> bytes:
@@ -96,18 +99,15 @@ def picture(runs: Mapping[str, History]) -> bytes:
 
     columns = max(2, max(found.segments.shape[1] for found in runs.values()))
     size = min(2.3, 15 / columns)
-    figure = Figure(
-        figsize=(max(9.0, size * columns + 1.6), (size + 0.35) * len(runs) + 4.3),
-        layout="constrained",
-    )
-    heights = [size + 0.35] * len(runs) + [3.6]
-    above, below = figure.subfigures(2, 1, height_ratios=(sum(heights[:-1]), heights[-1]))
+    height = (size + 0.35) * len(runs)
+    figure = Figure(figsize=(max(9.0, size * columns + 1.6), height + 4.3), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(height, 3.6))
     above.suptitle("cosine between the gradients of two exits' losses (grey: only one reaches it)")
     _maps(above, runs, columns)
     over_time, by_layer = below.subplots(1, 2)
     _over_training(over_time, runs)
     _by_layer(by_layer, runs)
-    return plots._png(figure)
+    return plots.png(figure)
 
 
 def _maps(figure: Any, runs: Mapping[str, History], columns: int) -> None:
@@ -137,15 +137,12 @@ def _maps(figure: Any, runs: Mapping[str, History], columns: int) -> None:
 
 
 def _write_values(axes: Any, matrix: np.ndarray, largest: float) -> None:
-    """The numbers on a map."""
     small = 8 if len(matrix) <= 5 else 6
     for (i, j), value in np.ndenumerate(matrix):
-        if np.isnan(value):
-            continue
-        strong = abs(value) > 0.6 * largest
-        text = "0" if value == 0 else f"{value:.2f}".replace("0.", ".")
-        colour = "white" if strong else "black"
-        axes.text(j, i, text, ha="center", va="center", fontsize=small, color=colour)
+        if not np.isnan(value):
+            text = "0" if value == 0 else f"{value:.2f}".replace("0.", ".")
+            colour = "white" if abs(value) > 0.6 * largest else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=small, color=colour)
 
 
 def _over_training(axes: Any, runs: Mapping[str, History]) -> None:
@@ -166,17 +163,18 @@ def _over_training(axes: Any, runs: Mapping[str, History]) -> None:
 
 def _by_layer(axes: Any, runs: Mapping[str, History]) -> None:
     """One dot a layer, the mean over pairs and measurements; layers of one segment together."""
-    keys = sorted({k: None for found in runs.values() for k in found.layers}.items(), key=_in_order)
-    place = {key: x for x, (key, _) in enumerate(keys)}
+    keys = dict.fromkeys(key for found in runs.values() for key in found.layers)
+    keys = sorted(keys, key=_in_order)
+    place = {key: x for x, key in enumerate(keys)}
     for label, found in runs.items():
         x = [place[key] for key in found.layers]
         axes.plot(x, [_mean(v) for v in found.layers.values()], ".", ms=6, label=label)
-    ends = [x for x, (key, _) in enumerate(keys) if x and key[0] != keys[x - 1][0][0]]
+    ends = [x for x, key in enumerate(keys) if x and key[0] != keys[x - 1][0]]
     for x in ends:
         axes.axvline(x - 0.5, c="grey", lw=0.8, ls=":")
     axes.axhline(0, c="grey", lw=0.8)
     middles = [(a + b - 1) / 2 for a, b in zip([0, *ends], [*ends, len(keys)], strict=True)]
-    segments = dict.fromkeys(key[0] for key, _ in keys)
+    segments = dict.fromkeys(segment for segment, _ in keys)
     axes.set_xticks(middles, [str(s + 1) for s in segments])
     axes.set(xlabel="layers, by segment", title="by layer")
     axes.grid(axis="y", alpha=0.3)
@@ -195,8 +193,8 @@ def _mean_of_pairs(matrices: np.ndarray) -> np.ndarray:
     return _mean(matrices[:, *upper].T)
 
 
-def _in_order(item: tuple[tuple[int, str], Any]) -> tuple:
+def _in_order(layer: tuple[int, str]) -> tuple:
     """Segments one after the other, numbers in paths by their value."""
-    (segment, path), _ = item
+    segment, path = layer
     parts = _NUMBERS.split(path)
     return segment, [int(p) if i % 2 else p for i, p in enumerate(parts)]

@@ -1,8 +1,7 @@
-"""Plots of evaluations and benchmarks, drawn from plain arrays and returned as bytes of PNG files.
+"""Plots of evaluations and benchmarks, returned as bytes of PNG files.
 
-What the numbers are is said by whoever computes them (`evaluate`, `benchmark`). Matplotlib is
-imported when something is drawn, and never touches a display. Accuracies come in as fractions and
-costs in multiply-adds per image.
+What the numbers are is said by whoever computes them: accuracies in [0, 1], costs in multiply-adds
+per image. Matplotlib is imported when something is drawn, and never touches a display.
 """
 
 import io
@@ -11,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dfs_jax.evaluation.calibration import Reliability
-from dfs_jax.evaluation.published import Results
+from dfs_jax.evaluation.calibration import Calibration, Reliability
+from dfs_jax.evaluation.published import Published
 
 _OWN = "black"  # the curve of the run that is shown; published ones have colours
 
@@ -22,7 +21,7 @@ def anytime(
     costs: Sequence[float],
     top1: Sequence[float],
     ensemble: float,
-    published: Results | None = None,
+    published: Published | None = None,
 ) -> bytes:
     """Accuracy (N,) of every exit against its cost (N,), and of the ensemble of all exits."""
     figure, axes = _figure(title, wide=published is not None)
@@ -34,23 +33,14 @@ def anytime(
             axes.plot(_in(published.costs, unit), values, ".-", lw=1, c=colour, label=method)
             if method in published.ensemble:
                 axes.plot(published.costs[-1] / unit, published.ensemble[method], "*", c=colour)
-    axes.plot(
-        _in(costs, unit), _percent(top1), "o-", c=_OWN, lw=2, label="this run: exits", zorder=5
-    )
-    _number_exits(axes, _in(costs, unit), _percent(top1))
-    axes.plot(
-        costs[-1] / unit,
-        100 * ensemble,
-        "*",
-        c=_OWN,
-        ms=13,
-        mfc="white",
-        label="this run: all exits together",
-        zorder=6,
-    )
+    x, y = _in(costs, unit), _percent(top1)
+    axes.plot(x, y, "o-", c=_OWN, lw=2, label="this run: exits", zorder=5)
+    _number_exits(axes, x, y)
+    together = {"label": "this run: all exits together", "ms": 13, "mfc": "white", "zorder": 6}
+    axes.plot(costs[-1] / unit, 100 * ensemble, "*", c=_OWN, **together)
     _label(axes, f"cost per image ({name} multiply-adds)", "accuracy (%)")
     _legend(axes, published)
-    return _png(figure)
+    return png(figure)
 
 
 def budgeted(
@@ -60,7 +50,7 @@ def budgeted(
     mean_costs: np.ndarray,
     accuracies: np.ndarray,
     leaving: np.ndarray,
-    published: Results | None = None,
+    published: Published | None = None,
 ) -> bytes:
     """Accuracy (P,) of P budgets against their mean cost (P,), and who leaves where.
 
@@ -68,51 +58,36 @@ def budgeted(
       costs, top1: (N,) of the exits alone, for comparison.
       leaving: (P, N) share of the images that leave at each exit, in [0, 1].
     """
+    import matplotlib
+
     figure, (axes, below) = _figure(title, wide=published is not None, rows=2)
     unit, name = _unit(costs)
-    order = np.argsort(mean_costs, kind="stable")
     if published:
         for method, points in published.budgeted.items():
             at, values = zip(*points, strict=True)
             axes.plot(_in(at, unit), values, "D", c=_colours(published)[method], label=method)
-    axes.plot(_in(costs, unit), _percent(top1), "o:", c="grey", label="this run: all at one exit")
-    _number_exits(axes, _in(costs, unit), _percent(top1))
-    axes.plot(
-        _in(mean_costs[order], unit),
-        _percent(accuracies[order]),
-        ".-",
-        c=_OWN,
-        lw=2,
-        label="this run: early exit",
-        zorder=5,
-    )
+    x, y = _in(costs, unit), _percent(top1)
+    axes.plot(x, y, "o:", c="grey", label="this run: all at one exit")
+    _number_exits(axes, x, y)
+    order = np.argsort(mean_costs, kind="stable")
+    x, y = _in(mean_costs[order], unit), _percent(accuracies[order])
+    axes.plot(x, y, ".-", c=_OWN, lw=2, label="this run: early exit", zorder=5)
     _label(axes, "", "accuracy (%)")
     _legend(axes, published)
-
-    import matplotlib
-
     colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.15, len(costs)))
-    below.stackplot(
-        _in(mean_costs[order], unit),
-        _percent(leaving[order].T),
-        labels=[f"exit {i}" for i in range(1, len(costs) + 1)],
-        colors=colours,
-    )
+    exits = [f"exit {i}" for i in range(1, len(costs) + 1)]
+    below.stackplot(x, _percent(leaving[order].T), labels=exits, colors=colours)
     _label(below, f"mean cost per image ({name} multiply-adds)", "images leaving at (%)")
     below.set_ylim(0, 100)
     below.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, reverse=True)
-    return _png(figure)
+    return png(figure)
 
 
-def reliability(
-    title: str,
-    exits: Sequence[Reliability],
-    calibrated: Sequence[Reliability] | None,
-    temperatures: Sequence[float] | None,
-) -> bytes:
-    """One reliability diagram per exit; `calibrated` is after division by `temperatures`."""
+def reliability(title: str, trained: Calibration, calibrated: Calibration | None) -> bytes:
+    """One reliability diagram per exit."""
     from matplotlib.figure import Figure
 
+    exits = trained.reliability
     columns = min(4, len(exits))
     rows = -(-len(exits) // columns)
     figure = Figure(figsize=(max(6.5, 2.7 * columns), 3.2 * rows + 1.0), layout="constrained")
@@ -125,21 +100,20 @@ def reliability(
         heading = f"exit {i + 1}: error {exits[i].error:.3f}"
         axes.plot([0, 1], [0, 1], ":", c="grey", label="perfectly calibrated")
         _bars(axes, exits[i])
-        if calibrated is not None and temperatures is not None:
-            _markers(axes, calibrated[i])
-            heading += f"\ntemperature {temperatures[i]:.2f}: {calibrated[i].error:.3f}"
+        if calibrated is not None:
+            after = calibrated.reliability[i]
+            _markers(axes, after)
+            heading += f"\ntemperature {calibrated.temperatures[i]:.2f}: {after.error:.3f}"
         axes.set_title(heading, fontsize=10)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal", xlabel="confidence")
         axes.set_ylabel("accuracy" if i % columns == 0 else "")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     side_by_side = 3 if columns == 4 else 1
     figure.legend(handles, labels, loc="outside lower center", ncols=side_by_side, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
-def accuracy_against_cost(
-    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-) -> bytes:
+def accuracy_against_cost(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
     """One curve per (name, costs (N,), accuracies (N,)), exits from shallow to deep."""
     figure, axes = _figure("test accuracy of every exit", wide=True)
     unit, name = _unit([cost for _, costs, _ in curves for cost in costs])
@@ -148,7 +122,7 @@ def accuracy_against_cost(
         axes.plot(_in(costs, unit), _percent(top1), "o" + style, ms=4, label=label)
     _label(axes, f"cost per image ({name} multiply-adds)", "accuracy (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def step_times(title: str, groups: Mapping[int, Mapping[str, Mapping[str, float]]]) -> bytes:
@@ -157,7 +131,7 @@ def step_times(title: str, groups: Mapping[int, Mapping[str, Mapping[str, float]
     `groups` holds, by batch size and by method, the parts of a step, from the bottom up. A part
     that noise made negative is drawn as nothing.
     """
-    figure, axes = _figure(title, wide=True, rows=1)
+    figure, axes = _figure(title, wide=True)
     labels, places, at, highest = [], [], 0.0, 0.0
     colours = ("tab:blue", "tab:orange", "lightgrey")
     for batch_size, methods in groups.items():
@@ -190,7 +164,7 @@ def step_times(title: str, groups: Mapping[int, Mapping[str, Mapping[str, float]
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, reverse=True)
-    return _png(figure)
+    return png(figure)
 
 
 def _bars(axes: Any, exit_: Reliability) -> None:
@@ -206,23 +180,15 @@ def _bars(axes: Any, exit_: Reliability) -> None:
 def _markers(axes: Any, exit_: Reliability) -> None:
     sizes = 8 + 60 * np.sqrt(exit_.count / exit_.count.sum())
     axes.plot(exit_.confidence, exit_.accuracy, c="tab:red", lw=0.7)
-    axes.scatter(
-        exit_.confidence,
-        exit_.accuracy,
-        sizes,
-        c="tab:red",
-        label="with temperature (larger: more answers)",
-        clip_on=False,
-        zorder=3,
-    )
+    style = {"c": "tab:red", "label": "with temperature (larger: more answers)", "zorder": 3}
+    axes.scatter(exit_.confidence, exit_.accuracy, sizes, clip_on=False, **style)
 
 
 def _figure(title: str, *, wide: bool, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(8.5 if wide or rows > 1 else 6.5, 2.8 + 2.0 * rows), layout="constrained"
-    )
+    width = 8.5 if wide or rows > 1 else 6.5
+    figure = Figure(figsize=(width, 2.8 + 2.0 * rows), layout="constrained")
     figure.suptitle(title)
     ratios = {"height_ratios": (3, 2)} if rows > 1 else {}
     return figure, figure.subplots(rows, sharex=True, gridspec_kw=ratios)
@@ -237,20 +203,16 @@ def _label(axes: Any, x: str, y: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _legend(axes: Any, published: Results | None) -> None:
+def _legend(axes: Any, published: Published | None) -> None:
     if published is None:
         axes.legend(loc="best")
     else:  # too many lines to stand inside
-        axes.legend(
-            title=f"with published results:\n{published.title}",
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1),
-            frameon=False,
-            reverse=True,
-        )
+        outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False}
+        title = f"with published results:\n{published.title}"
+        axes.legend(title=title, reverse=True, **outside)
 
 
-def _colours(published: Results) -> dict[str, Any]:
+def _colours(published: Published) -> dict[str, Any]:
     """One colour for each method; the last ten get strong ones, those before lighter ones."""
     import matplotlib
 
@@ -259,10 +221,9 @@ def _colours(published: Results) -> dict[str, Any]:
 
 
 def _number_exits(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
+    style = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "zorder": 7}
     for i, point in enumerate(zip(x, y, strict=True), 1):
-        axes.annotate(
-            str(i), point, (0, -14), textcoords="offset points", ha="center", fontsize=8, zorder=7
-        )
+        axes.annotate(str(i), point, (0, -14), **style)
 
 
 def _unit(costs: Sequence[float]) -> tuple[float, str]:
@@ -277,7 +238,8 @@ def _percent(fractions: Sequence[float] | np.ndarray) -> np.ndarray:
     return 100 * np.asarray(fractions, np.float64)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The PNG file of a matplotlib figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)  # whatever backend the environment asks for

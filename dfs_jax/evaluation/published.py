@@ -1,8 +1,8 @@
 """Published results of multi-exit networks, to lay over one's own curves.
 
 Top-1 accuracies in percent as printed, shallow to deep, against cumulative cost in multiply-adds
-(the "published" convention of `flops`). Rows of one table do not share a recipe: most baselines
-were quoted from papers that trained in another way, some with smaller networks.
+(the "published" convention of `models/cost.py`). Rows of one table do not share a recipe: most
+baselines were quoted from papers that trained in another way, some with smaller networks.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
+class Published:
     """One published table."""
 
     title: str
@@ -23,7 +23,7 @@ class Results:
     )
 
 
-def results(name: str) -> Results:
+def results(name: str) -> Published:
     """The table `name`. Raises ValueError for an unknown name, listing the known ones."""
     if name not in _TABLES:
         raise ValueError(f"unknown published results {name!r}; known: {', '.join(names())}")
@@ -37,7 +37,7 @@ def names() -> tuple[str, ...]:
 
 # All from Deep Feature Surgery (arXiv 2407.13986) and what it quotes, except where noted.
 _TABLES = {
-    "cifar100_msdnet": Results(
+    "cifar100_msdnet": Published(
         title="CIFAR-100, MSDNet",
         costs=(56.43e6, 101.00e6, 155.31e6, 198.10e6, 249.53e6, 298.05e6, 340.64e6),
         top1={
@@ -60,7 +60,7 @@ _TABLES = {
             "DFS": ((87e6, 77.3), (146e6, 79.93)),
         },
     ),
-    "cifar100_resnet18": Results(
+    "cifar100_resnet18": Published(
         title="CIFAR-100, ResNet18",
         # The official counter does not run on this network; by its convention these are
         # 165.63, 296.32, 427.20 and 556.03 million.
@@ -72,7 +72,7 @@ _TABLES = {
         },
         ensemble={"DSN": 79.27, "BYOT": 79.67, "DFS": 80.89},
     ),
-    "imagenet_msdnet": Results(
+    "imagenet_msdnet": Published(
         title="ImageNet, MSDNet (step 4)",
         costs=(0.34e9, 0.69e9, 1.01e9, 1.25e9, 1.36e9),
         top1={

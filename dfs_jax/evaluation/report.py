@@ -1,26 +1,24 @@
-"""What the evaluation command shows and writes: tables, CSV and JSON files, plots.
+"""What the evaluation command shows and writes, put together from the rooms beside this one.
 
-The numbers come from `evaluate.measure`. Costs are multiply-adds per image by the published
-convention (see `flops`), accuracies shares in [0, 1].
+Costs are multiply-adds per image by the published convention (`models/cost.py`), accuracies shares
+in [0, 1].
 """
 
-import csv
-import io
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from dfs_jax.config import ConfigError
-from dfs_jax.config.tables import format_table
-from dfs_jax.early_exit import budget
-from dfs_jax.evaluation.published import Results as Published
-from dfs_jax.evaluation.results import EarlyExit, Results
-
-_SHOWN = 5  # of the 40 budgets, every fifth is printed; the file holds all
+from dfs_jax.early_exit.budget import Thresholds
+from dfs_jax.evaluation import anytime, budgeted, calibration, plots
+from dfs_jax.evaluation.answers import SplitAnswers
+from dfs_jax.evaluation.budgeted import Budgeted
+from dfs_jax.evaluation.calibration import Calibration
+from dfs_jax.evaluation.published import Published
+from dfs_jax.training.counts import ExitCounts
+from dfs_jax.writing.files import json_text, write_whole
+from dfs_jax.writing.tables import csv_table
 
 _NO_VALIDATION = (
     "no validation split (data.validation_size is 0), so no thresholds and no temperatures can be "
@@ -28,15 +26,45 @@ _NO_VALIDATION = (
 )
 
 
+class Results(NamedTuple):
+    """What the command measures. N exits."""
+
+    counts: ExitCounts
+    costs: tuple[float, ...]  # (N,) multiply-adds per image, cumulative
+    trained: Calibration  # as trained: every temperature is 1
+    calibrated: Calibration | None  # with the fitted temperatures; None without a validation split
+    budgeted: Budgeted | None  # likewise
+
+
+def measure(
+    shown: SplitAnswers,
+    validation: SplitAnswers | None,
+    costs: Sequence[float],
+    score: str,
+    chosen: Thresholds | None = None,
+) -> Results:
+    """Calibration and early exit of the answers `shown`, with what `validation` has to fit."""
+
+    def calibrated(temperatures: Sequence[float]) -> Calibration:
+        return calibration.measure(shown.logits, shown.labels, shown.correct, temperatures)
+
+    trained = calibrated((1.0,) * len(costs))
+    if validation is None:
+        return Results(shown.counts, tuple(costs), trained, None, None)
+    temperatures = [calibration.fit_temperature(z, validation.labels) for z in validation.logits]
+    early = budgeted.measure(shown, validation, costs, score, chosen)
+    return Results(shown.counts, tuple(costs), trained, calibrated(temperatures), early)
+
+
 def tables(results: Results) -> str:
     """Calibration and early exit, for people."""
-    parts = [_calibration_table(results)]
-    if results.early is None:
+    parts = [calibration.table(_calibration_rows(results))]
+    if (early := results.budgeted) is None:
         parts.append(_NO_VALIDATION)
     else:
-        parts.append(_budgeted_table(results.early))
-        if results.early.chosen is not None:
-            parts.append(_chosen_lines(results.early))
+        parts.append(budgeted.table(early))
+        if early.chosen is not None:
+            parts.append(budgeted.chosen_lines(early.chosen, early.chosen_outcome))
     return "\n" + "\n\n".join(parts)
 
 
@@ -57,98 +85,33 @@ def write(
 
     `about` says what was evaluated: network, data, split, examples, step and score.
     """
-    from dfs_jax.evaluation import plots
-
-    early, top1 = results.early, _top1(results)
+    counts, costs, trained, calibrated, early = results
+    top1 = anytime.accuracies(counts)
     title = f"{about['network']} on {about['data']}, {about['split']} split"
-    calibrated = early.calibrated if early else None
     files: dict[str, str | bytes] = {
-        "anytime.csv": _csv(anytime_rows(results)),
-        "calibration.csv": _csv(calibration_rows(results)),
-        "evaluation.json": _json(_document(about, results)),
-        "anytime.png": plots.anytime(title, results.costs, top1, _ensemble(results), overlay),
-        "reliability.png": plots.reliability(
-            title,
-            results.trained.reliability,
-            calibrated and calibrated.reliability,
-            calibrated and calibrated.temperatures,
-        ),
+        "anytime.csv": csv_table(anytime.rows(counts, costs)),
+        "calibration.csv": csv_table(_calibration_rows(results)),
+        "evaluation.json": json_text(_document(about, results), indent=2),
+        "anytime.png": plots.anytime(title, costs, top1, anytime.ensemble(counts), overlay),
+        "reliability.png": plots.reliability(title, trained, calibrated),
     }
     if early:
         outcome = early.outcome
-        shares = outcome.leaving / outcome.leaving.sum(axis=1, keepdims=True)
-        files["budgeted.csv"] = _csv(budgeted_rows(early))
+        files["budgeted.csv"] = csv_table(budgeted.rows(early))
         files["budgeted.png"] = plots.budgeted(
-            title, results.costs, top1, outcome.cost, outcome.top1, shares, overlay
+            title, costs, top1, outcome.cost, outcome.top1, budgeted.shares(outcome), overlay
         )
-        files["budgets.json"] = _json([t.to_json() for t in early.family])
+        files["budgets.json"] = json_text([t.to_json() for t in early.family], indent=2)
         if early.chosen:
-            files["thresholds.json"] = _json(early.chosen.to_json())
+            files["thresholds.json"] = json_text(early.chosen.to_json(), indent=2)
     for name, content in files.items():
-        content = content.encode() if isinstance(content, str) else content
-        (out / name).write_bytes(content)
+        write_whole(out / name, content)
     return tuple(files)
 
 
-# Rows of the CSV files, as mappings from column to value.
-
-
-def anytime_rows(results: Results) -> list[dict[str, Any]]:
-    """One row per exit and one for the ensemble; top5 is None for five classes or fewer."""
-    counts, size = results.counts, int(results.counts.count)
-    rows = [
-        {
-            "exit": str(i + 1),
-            "cost": cost,
-            "top1": int(counts.top1[i]) / size,
-            "top5": None if counts.top5 is None else int(counts.top5[i]) / size,
-            "nll": float(counts.loss[i]) / size,
-        }
-        for i, cost in enumerate(results.costs)
-    ]
-    ensemble = {"exit": "ensemble", "cost": results.costs[-1], "top1": _ensemble(results)}
-    return [*rows, {**dict.fromkeys(rows[0]), **ensemble}]
-
-
-def budgeted_rows(early: EarlyExit) -> list[dict[str, Any]]:
-    """One row per budget: costs and accuracies, thresholds, and images that leave at each exit."""
-    rows = []
-    for p, ratio in enumerate(budget.PROTOCOL):
-        outcome, fitted = early.outcome, early.fitted
-        row = {
-            "ratio": ratio,
-            "cost": outcome.cost[p],
-            "top1": outcome.top1[p],
-            "top5": None if outcome.top5 is None else outcome.top5[p],
-            "validation_cost": fitted.cost[p],
-            "validation_top1": fitted.top1[p],
-        }
-        row |= {f"leave{i}": int(n) for i, n in enumerate(outcome.leaving[p], 1)}
-        row |= {f"threshold{i}": t for i, t in enumerate(early.values[p], 1)}
-        rows.append(row)
-    return rows
-
-
-def calibration_rows(results: Results) -> list[dict[str, Any]]:
-    """One row per exit; the columns after the temperature are None without a validation split."""
-    rows = []
-    for i, top1 in enumerate(_top1(results)):
-        trained = results.trained
-        row: dict[str, Any] = {
-            "exit": i + 1,
-            "top1": top1,
-            "confidence": _mean_confidence(trained.reliability[i]),
-            "ece": trained.reliability[i].error,
-            "nll": trained.nll[i],
-        }
-        row |= dict.fromkeys(("temperature", "ece_calibrated", "nll_calibrated"))
-        if results.early:
-            after = results.early.calibrated
-            row["temperature"] = after.temperatures[i]
-            row["ece_calibrated"] = after.reliability[i].error
-            row["nll_calibrated"] = after.nll[i]
-        rows.append(row)
-    return rows
+def _calibration_rows(results: Results) -> list[dict[str, Any]]:
+    top1 = anytime.accuracies(results.counts)
+    return calibration.rows(top1, results.trained, results.calibrated)
 
 
 def _document(about: Mapping[str, Any], results: Results) -> dict[str, Any]:
@@ -156,111 +119,24 @@ def _document(about: Mapping[str, Any], results: Results) -> dict[str, Any]:
     document = {
         **about,
         "cost_convention": "published",
-        "anytime": anytime_rows(results),
-        "calibration": calibration_rows(results),
+        "anytime": anytime.rows(results.counts, results.costs),
+        "calibration": _calibration_rows(results),
         "reliability": [
-            {k: v.tolist() for k, v in r._asdict().items() if k != "error"}
-            for r in results.trained.reliability
+            {k: v for k, v in bins._asdict().items() if k != "error"}
+            for bins in results.trained.reliability
         ],
         "budgeted": None,
         "chosen": None,
     }
-    if early := results.early:
-        document["budgeted"] = {
-            "validation_examples": early.examples,
-            "rows": budgeted_rows(early),
-        }
+    if early := results.budgeted:
+        rows = budgeted.rows(early)
+        document["budgeted"] = {"validation_examples": early.examples, "rows": rows}
         if early.chosen:
             outcome = early.chosen_outcome
             document["chosen"] = {
                 "thresholds": early.chosen.to_json(),
-                "cost": float(outcome.cost[0]),
-                "top1": float(outcome.top1[0]),
-                "leaving": outcome.leaving[0].tolist(),
+                "cost": outcome.cost[0],
+                "top1": outcome.top1[0],
+                "leaving": outcome.leaving[0],
             }
     return document
-
-
-# Tables for people.
-
-
-def _calibration_table(results: Results) -> str:
-    headers = ("exit", "confidence", "calibration error")
-    keys = ("confidence", "ece")
-    if results.early:
-        headers += ("temperature", "error with it")
-        keys += ("temperature", "ece_calibrated")
-    rows = [
-        (str(row["exit"]), *(f"{row[key]:.4f}" for key in keys))
-        for row in calibration_rows(results)
-    ]
-    return format_table(rows, headers)
-
-
-def _budgeted_table(early: EarlyExit) -> str:
-    outcome = early.outcome
-    rows = []
-    for p in range(_SHOWN - 1, len(outcome.cost), _SHOWN):
-        rows.append(
-            (f"{outcome.cost[p] / 1e6:.3f}", f"{outcome.top1[p]:.2%}", _leaving(outcome, p))
-        )
-    headers = ("mean cost (M)", "accuracy", "leaving at each exit")
-    return format_table(rows, headers)
-
-
-def _chosen_lines(early: EarlyExit) -> str:
-    chosen, outcome = early.chosen, early.chosen_outcome
-    values = " ".join(_threshold(v) for v in chosen.values)
-    return (
-        f"thresholds for {chosen.fitted_for}: {values}\n"
-        f"validation: {chosen.expected_accuracy:.2%} for {chosen.expected_cost / 1e6:.3f} M; here: "
-        f"{outcome.top1[0]:.2%} for {outcome.cost[0] / 1e6:.3f} M, leaving "
-        f"{_leaving(outcome, 0)}"
-    )
-
-
-def _leaving(outcome: budget.Outcome, p: int) -> str:
-    shares = outcome.leaving[p] / outcome.leaving[p].sum()
-    return " ".join(f"{share:4.0%}" for share in shares)
-
-
-def _threshold(value: float) -> str:
-    return {budget.NEVER: "never", budget.ALWAYS: "rest"}.get(value, f"{value:.5g}")
-
-
-# Numbers and files.
-
-
-def _top1(results: Results) -> list[float]:
-    return [int(n) / int(results.counts.count) for n in results.counts.top1]
-
-
-def _ensemble(results: Results) -> float:
-    return int(results.counts.ensemble) / int(results.counts.count)
-
-
-def _mean_confidence(reliability: Any) -> float:
-    return float(np.nansum(reliability.confidence * reliability.count) / reliability.count.sum())
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _json(content: Any) -> str:
-    return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """With numpy's numbers as Python's, and None for NaN, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

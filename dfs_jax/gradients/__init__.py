@@ -10,12 +10,10 @@ from dfs_jax.gradients.equilibrium import equilibrium
 from dfs_jax.gradients.joint import joint
 from dfs_jax.gradients.l2w_den import l2w_den
 from dfs_jax.gradients.meta_gf import meta_gf
-from dfs_jax.gradients.method import GradientMethod, Restart
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.nash_mtl import nash_mtl
 from dfs_jax.gradients.pcgrad import pcgrad
 from dfs_jax.gradients.problem import Aux, Problem
-
-__all__ = ["Aux", "GradientMethod", "Problem", "Restart", "create", "names", "options"]
 
 _METHODS: dict[str, Callable[..., GradientMethod]] = {
     "bdl": bdl,

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.problem import Aux
+from dfs_jax.models import inputs
 
 VARIANTS = ("local", "groups", "overlap")
 
@@ -48,7 +49,6 @@ def bdl(
     starts = reach(num_exits, variant, size, final_loss)
 
     def check(network, objective):
-        del objective
         surgery = network.surgery
         shared = surgery.partition and surgery.beta > 0
         if not shared or (surgery.referencing and surgery.exit_gradient == "all"):
@@ -63,9 +63,8 @@ def bdl(
                 )
 
     def apply(problem, params, state, rng):
-        del rng
         gradients, aux = reaching_gradients(problem, params, starts)
-        return gradients, aux, state
+        return Update(gradients), aux, state
 
     return GradientMethod(lambda params: (), apply, check)
 
@@ -100,7 +99,8 @@ def reaching_gradients(problem, params, starts):
     answers = [exit_.result for exit_ in exits]
 
     def total(answers):
-        losses = problem.losses_of(*zip(*answers, strict=True))
+        examples = problem.exit_losses(*zip(*answers, strict=True))
+        losses = jnp.stack([jnp.mean(each) for each in examples])
         return jnp.sum(losses), losses
 
     to_answers, losses = jax.grad(total, has_aux=True)(answers)
@@ -133,20 +133,21 @@ class _Piece(NamedTuple):
 
 def _forward(problem, params):
     """All segments and exits, run once, and the running statistics after that."""
-    segments, exits, carry, statistics = [], [], problem.batch["image"], problem.batch_stats
+    carry, statistics = inputs.of_batch(problem.batch), problem.batch_stats
+    segments, exits = [], []
 
-    def run(piece, i, given, *constants):
+    def run(given, i, **options):
         def forward(params, given):
-            return piece(params, given, i, statistics, *constants)
+            return problem.run(params, given, i, batch_stats=statistics, **options)
 
         result, pull, updated = jax.vjp(forward, params, given, has_aux=True)
         return _Piece(result, pull), updated
 
     for i in range(problem.num_exits):
-        segment, statistics = run(problem.advance, i, carry)
+        segment, statistics = run(carry, i, method="advance")
         carry, exit_input = segment.result
         previous = exits[-1].result[0] if exits else None
-        exit_, statistics = run(problem.classify, i, exit_input, previous)
+        exit_, statistics = run(exit_input, i, method="classify", previous=previous)
         segments.append(segment)
         exits.append(exit_)
     return segments, exits, statistics

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dfs_jax.gradients.gram import exact, gram, weighted_sum
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.per_exit import exit_gradients
 
 
@@ -34,11 +34,11 @@ def cagrad(radius: float = 0.5) -> GradientMethod:
         raise ValueError(f"gradients.options.radius must lie in [0, 1), got {radius}")
 
     def apply(problem, params, state, rng):
-        del rng
         exits, aux = exit_gradients(problem, params)
         if len(exits) == 1:
-            return exits[0], aux, state
-        return weighted_sum(exits, averse_weights(gram(exits), radius)), aux, state
+            return Update(exits[0]), aux, state
+        gradients = weighted_sum(exits, averse_weights(gram(exits), radius))
+        return Update(gradients), aux, state
 
     return GradientMethod(lambda params: (), apply)
 

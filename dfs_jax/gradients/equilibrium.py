@@ -15,14 +15,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 
 
 def equilibrium() -> GradientMethod:
     """The gradient of the summed loss, scaled between segments; no state."""
 
     def apply(problem, params, state, rng):
-        del rng
 
         def boundary(i, feature):
             meeting = problem.num_exits - i
@@ -34,7 +33,7 @@ def equilibrium() -> GradientMethod:
             return jnp.sum(losses), aux
 
         gradients, aux = jax.grad(total, has_aux=True)(params)
-        return gradients, aux, state
+        return Update(gradients), aux, state
 
     return GradientMethod(lambda params: (), apply)
 
@@ -46,17 +45,14 @@ def _scale_gradient(feature, factor: float):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _identity(factor: float, x: jax.Array) -> jax.Array:
-    del factor
     return x
 
 
 def _forward(factor, x):
-    del factor
     return x, None
 
 
 def _backward(factor, residuals, g):
-    del residuals
     return (factor * g,)
 
 

@@ -9,20 +9,19 @@ objective. One forward and one backward pass: cost 1×, to which every other met
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 
 
 def joint() -> GradientMethod:
     """The gradient of the summed loss; no state."""
 
     def apply(problem, params, state, rng):
-        del rng
 
         def total(params):
             losses, aux = problem.losses(params)
             return jnp.sum(losses), aux
 
         gradients, aux = jax.grad(total, has_aux=True)(params)
-        return gradients, aux, state
+        return Update(gradients), aux, state
 
     return GradientMethod(lambda params: (), apply)

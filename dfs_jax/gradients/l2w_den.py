@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 
 
 def l2w_den(
@@ -66,7 +66,6 @@ def l2w_den(
         return mlp, adam.init(mlp)
 
     def check(network, objective):
-        del network
         if objective.feature_weight and objective.feature_reduction == "batch_norm":
             raise ValueError(
                 "gradients l2w_den weights examples, and objective.feature_reduction="
@@ -74,7 +73,6 @@ def l2w_den(
             )
 
     def apply(problem, params, state, rng):
-        del rng
 
         def learn(state, batches):
             mlp, moments = state
@@ -91,11 +89,11 @@ def l2w_den(
         (mlp, moments), _ = jax.lax.scan(learn, state, roles)
 
         def total(params):
-            losses, aux = problem.example_losses_and_aux(params)
+            losses, aux = problem.forward(params)
             return weighted_loss(mlp, losses, epsilon), aux
 
         gradients, aux = jax.grad(total, has_aux=True)(params)
-        return gradients, aux, (mlp, moments)
+        return Update(gradients), aux, (mlp, moments)
 
     return GradientMethod(init, apply, check)
 
@@ -133,7 +131,7 @@ def meta_loss(mlp, problem, params, train, held_out, epsilon, quota, rate) -> ja
 
     gradients = jax.grad(virtual)(params)
     moved = jax.tree.map(lambda w, g: w - rate * g, params, gradients)
-    losses, aux = problem.example_losses_and_aux(moved, batch=held_out)
+    losses, aux = problem.forward(moved, batch=held_out)
     confidences = jnp.stack([jnp.max(jax.nn.softmax(z), axis=1) for z in aux.logits], axis=1)
     leaves = assigned(jax.lax.stop_gradient(confidences), quota)
     return jnp.sum(jnp.sum(leaves * losses, axis=0) / jnp.maximum(jnp.sum(leaves, axis=0), 1))

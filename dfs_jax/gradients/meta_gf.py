@@ -29,7 +29,7 @@ import optax
 
 from dfs_jax.gradients.gram import exact
 from dfs_jax.gradients.joint import joint
-from dfs_jax.gradients.method import GradientMethod, Restart
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.paths import exits_by_tensor
 
 # v of the official code, made for seven exits.
@@ -56,7 +56,7 @@ def meta_gf(
     learning_rate: float = 0.1,
     momentum: float = 0.9,
 ) -> GradientMethod:
-    """Training and fusing in turn; `apply` returns `Restart`s. One exit is plain training.
+    """Training and fusing in turn, each from parameters of its own. One exit is plain training.
 
     Args:
       num_exits: N.
@@ -93,7 +93,6 @@ def meta_gf(
         )
 
     def apply(problem, params, state, rng):
-        del rng
         uses = exits_by_tensor(problem, params)
         phase, at = state.step // phase_steps, state.step % phase_steps
         learning = phase == num_exits
@@ -117,7 +116,7 @@ def meta_gf(
             lambda: (state.importance, state.adam),
         )
         state = state._replace(step=(state.step + 1) % cycle, importance=importance, adam=moments)
-        return Restart(point, gradients, jnp.logical_not(learning)), aux, state
+        return Update(gradients, point, jnp.logical_not(learning)), aux, state
 
     return GradientMethod(init, apply, cycle=cycle)
 

@@ -5,24 +5,29 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dfs_jax.gradients.problem import Aux, Problem
 
-class Restart(NamedTuple):
-    """What `apply` returns instead of gradients if the update does not start where it stands.
+
+class Update(NamedTuple):
+    """What a method makes of one step, for the optimizer.
+
+    What is None is left out of the compiled step.
 
     Attributes:
-      params: parameters that replace the current ones.
-      gradients: gradients at those.
-      descend: () bool; whether the optimizer then takes its step. False leaves the parameters
-        at `params` and what the optimizer remembers of earlier gradients as it is.
+      gradients: shaped as the parameters.
+      params: parameters that replace the current ones, and at which the gradients were taken;
+        None for the current ones.
+      descend: () bool, whether the optimizer takes its step. False leaves the parameters and
+        what the optimizer remembers of earlier gradients as they are. None is always True.
     """
 
-    params: Any
     gradients: Any
-    descend: jax.Array
+    params: Any = None
+    descend: jax.Array | None = None
 
-
-def _accept(network: Any, objective: Any) -> None:
-    del network, objective
+    def start(self, params: Any) -> Any:
+        """The parameters from which the optimizer steps, given the current ones."""
+        return params if self.params is None else self.params
 
 
 class GradientMethod(NamedTuple):
@@ -30,9 +35,8 @@ class GradientMethod(NamedTuple):
 
     Attributes:
       init: init(params) -> state, the method's own state, a pytree of arrays, or ().
-      apply: apply(problem, params, state, rng) -> (gradients, aux, state): gradients shaped as
-        params, or a `Restart`; the `Aux` of the step's full pass; the next state. Traced once,
-        inside the step's jit.
+      apply: apply(problem, params, state, rng) -> (update, aux, state): the `Update`, the `Aux`
+        of the step's full pass, and the next state. Traced once, inside the step's jit.
       check: check(network, objective) raises ValueError, with the reason, if the method makes
         no sense with them.
       cycle: number of steps after which the parameters are those of a finished update. More
@@ -40,6 +44,6 @@ class GradientMethod(NamedTuple):
     """
 
     init: Callable[[Any], Any]
-    apply: Callable[..., tuple[Any, Any, Any]]
-    check: Callable[[Any, Any], None] = _accept
+    apply: Callable[[Problem, Any, Any, jax.Array], tuple[Update, Aux, Any]]
+    check: Callable[[Any, Any], None] = lambda network, objective: None
     cycle: int = 1

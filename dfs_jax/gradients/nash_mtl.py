@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dfs_jax.gradients.gram import exact, gram, tensor_gram, weighted_sum
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.per_exit import exit_gradients
 
 
@@ -41,12 +41,12 @@ def nash_mtl(num_exits: int, *, max_norm: float = 1.0, iterations: int = 20) -> 
         return jnp.ones(num_exits, dtype)
 
     def apply(problem, params, state, rng):
-        del rng
         exits, aux = exit_gradients(problem, params)
         if len(exits) == 1:
-            return exits[0], aux, state
+            return Update(exits[0]), aux, state
         alpha = bargain(gram(exits), state, iterations).astype(state.dtype)
-        return _clipped(weighted_sum(exits, alpha), _shared(exits), max_norm), aux, alpha
+        gradients = _clipped(weighted_sum(exits, alpha), _shared(exits), max_norm)
+        return Update(gradients), aux, alpha
 
     return GradientMethod(init, apply)
 

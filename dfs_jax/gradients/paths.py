@@ -7,6 +7,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from dfs_jax.gradients.problem import Problem
+from dfs_jax.models import inputs
 
 
 def exits_by_tensor(problem: Problem, params: Any) -> Any:
@@ -15,9 +16,9 @@ def exits_by_tensor(problem: Problem, params: Any) -> Any:
     An exit uses what its logits or its feature depend on; it need not train it. Nothing is
     compiled or computed.
     """
-    images = problem.batch["image"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, images))
-    closed = jax.make_jaxpr(problem.outputs)(*shapes)
+    given = (params, inputs.of_batch(problem.batch))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    closed = jax.make_jaxpr(lambda *given: problem.run(*given)[0])(*shapes)
     count, tensors = problem.num_exits, jax.tree.leaves(params)
     used = []
     for i in range(count):
@@ -33,7 +34,7 @@ def segments_by_tensor(problem: Problem, params: Any) -> Any:
 
     Nothing is compiled or computed.
     """
-    given = (params, problem.batch_stats, problem.batch["image"])
+    given = (params, problem.batch_stats, inputs.of_batch(problem.batch))
     params, statistics, carry = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given
     )
@@ -42,7 +43,7 @@ def segments_by_tensor(problem: Problem, params: Any) -> Any:
     for i in range(problem.num_exits):
 
         def advance(params, carry, statistics, i=i):
-            return problem.advance(params, carry, i, statistics)[0]
+            return problem.run(params, carry, i, batch_stats=statistics, method="advance")[0]
 
         closed, (carry, _) = jax.make_jaxpr(advance, return_shape=True)(params, carry, statistics)
         _, needed = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dfs_jax.gradients.gram import exact, gram, weighted_sum
-from dfs_jax.gradients.method import GradientMethod
+from dfs_jax.gradients.method import GradientMethod, Update
 from dfs_jax.gradients.per_exit import exit_gradients
 
 
@@ -27,7 +27,8 @@ def pcgrad() -> GradientMethod:
         exits, aux = exit_gradients(problem, params)
         keys = jax.random.split(rng, len(exits))
         orders = jax.vmap(lambda key: jax.random.permutation(key, len(exits)))(keys)
-        return weighted_sum(exits, projected(gram(exits), orders)), aux, state
+        gradients = weighted_sum(exits, projected(gram(exits), orders))
+        return Update(gradients), aux, state
 
     return GradientMethod(lambda params: (), apply)
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dfs_jax.models import inputs
 from dfs_jax.objectives import Objective, Teacher
 
 Params = Any
-Batch = Mapping[str, jax.Array]  # "image" (B, H, W, C), "label" (B,) or (B, K)
+Batch = Mapping[str, jax.Array]  # inputs by name, and "label" (B,) or (B, K)
 
 
 class Aux(NamedTuple):
@@ -51,12 +52,29 @@ class Problem:
     def losses(
         self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
     ) -> tuple[jax.Array, Aux]:
-        """Losses (N,) of all exits, from one forward pass of the whole network.
+        """Losses (N,) of all exits, from one `forward` pass."""
+        _, aux = self.forward(params, batch=batch, boundary=boundary)
+        return aux.losses, aux
 
-        `boundary(i, feature) -> (to next segment, to exit)` acts just before surgery.
+    def example_losses(
+        self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
+    ) -> jax.Array:
+        """Losses (B, N) of every example at every exit, from one `forward` pass."""
+        return self.forward(params, batch=batch, boundary=boundary)[0]
+
+    def forward(
+        self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Losses (B, N) of every example at every exit, from one pass of the whole network.
+
+        `batch` takes the place of the step's own. `boundary(i, feature) -> (to next segment, to
+        exit)` acts just before surgery.
         """
-        per_example, aux = self._pass(params, None, batch, boundary, None)
-        return jnp.mean(per_example, axis=0), aux
+        batch = self.batch if batch is None else batch
+        outputs, batch_stats = self.run(params, inputs.of_batch(batch), boundary=boundary)
+        each = self.exit_losses(outputs.logits, outputs.features, batch)
+        losses = jnp.stack(each, axis=-1)
+        return losses, Aux(jnp.mean(losses, axis=0), outputs.logits, batch_stats)
 
     def exit_loss(
         self,
@@ -67,104 +85,63 @@ class Problem:
         boundary: Callable | None = None,
         teacher: Teacher | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Loss of exit i (from 0) alone, from the prefix network that ends there.
+        """Loss () of exit i (from 0) alone, from the prefix network that ends there.
 
         `teacher` comes from `self.teacher`, once a step, if the objective needs one.
         """
-        per_example, aux = self._pass(params, i, batch, boundary, teacher)
-        return jnp.mean(per_example[:, -1]), aux
+        batch = self.batch if batch is None else batch
+        outputs, batch_stats = self.run(
+            params, inputs.of_batch(batch), num_exits=i + 1, boundary=boundary
+        )
+        answer = outputs.logits[i], outputs.features[i]
+        examples = self.objective.example_losses(
+            i, self.num_exits, *answer, batch["label"], teacher
+        )
+        loss = jnp.mean(examples)
+        return loss, Aux(loss[None], outputs.logits, batch_stats)
 
-    def example_losses(
-        self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
-    ) -> jax.Array:
-        """Losses (B, N) of every example at every exit."""
-        return self.example_losses_and_aux(params, batch=batch, boundary=boundary)[0]
-
-    def example_losses_and_aux(
-        self, params: Params, *, batch: Batch | None = None, boundary: Callable | None = None
-    ) -> tuple[jax.Array, Aux]:
-        """`example_losses`, with the by-products of the pass."""
-        return self._pass(params, None, batch, boundary, None)
-
-    def teacher(self, params: Params, *, batch: Batch | None = None) -> Teacher | None:
+    def teacher(self, params: Params) -> Teacher | None:
         """What `exit_loss` distils from, or None if the objective does not distil."""
         if not self.objective.needs_teacher:
             return None
-        outputs, _ = self._apply(params, batch or self.batch, self.num_exits, None)
+        outputs, _ = self.run(params, inputs.of_batch(self.batch))
         return Teacher(*jax.lax.stop_gradient((outputs.logits[-1], outputs.features[-1])))
 
-    def outputs(self, params: Params, images: jax.Array) -> Any:
-        """Logits and features of all exits for `images` (B, H, W, C), in training mode."""
-        return self._run(params, self.batch_stats, images)[0]
+    # The pieces of a pass, for methods that decide what flows back where.
 
-    # The same pass, segment by segment: for methods that decide what flows back where.
-
-    def advance(self, params: Params, carry: Any, i: int, batch_stats: Any) -> tuple[Any, Any]:
-        """Segment i (static, from 0): ((carry for segment i+1, input of exit i), batch_stats).
-
-        `carry` is the images for i = 0. `batch_stats` are handed from call to call, from
-        `self.batch_stats` on.
-        """
-        return self._run(params, batch_stats, carry, i, method="advance")
-
-    def classify(
-        self,
-        params: Params,
-        exit_input: Any,
-        i: int,
-        batch_stats: Any,
-        previous: jax.Array | None = None,
+    def run(
+        self, params: Params, *given: Any, batch_stats: Any = None, **options: Any
     ) -> tuple[Any, Any]:
-        """Exit i (static, from 0): ((logits (B, K), feature), batch_stats).
+        """The network's result in training mode, and the running statistics after it.
 
-        `previous` are the logits of the exit before it; no gradient flows into them.
+        `given` and `options` are those of the network's call, or with method="advance" and
+        "classify" those of one segment and one exit, whose `batch_stats` are handed from call to
+        call, from `self.batch_stats` on.
         """
-        return self._run(params, batch_stats, exit_input, i, method="classify", previous=previous)
-
-    def losses_of(self, logits: Sequence[jax.Array], features: Sequence[jax.Array]) -> jax.Array:
-        """Losses (N,) of all exits' logits and features, those of the whole batch.
-
-        No gradient flows from an exit's loss into another exit's answer.
-        """
-        teacher = Teacher(logits[-1], features[-1])
-        answers = enumerate(zip(logits, features, strict=True))
-        return jnp.stack(
-            [jnp.mean(self._exit_losses(i, z, f, self.batch, teacher)) for i, (z, f) in answers]
-        )
-
-    def _apply(self, params, batch, num_exits, boundary):
-        return self._run(
-            params, self.batch_stats, batch["image"], num_exits=num_exits, boundary=boundary
-        )
-
-    def _run(self, params, batch_stats, *args, **kwargs):
-        """The network's result in training mode, and the running statistics after it."""
+        batch_stats = self.batch_stats if batch_stats is None else batch_stats
         result, updated = self.network.apply(
             {"params": params, "batch_stats": batch_stats},
-            *args,
+            *given,
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": self.rng},
-            **kwargs,
+            **options,
         )
         return result, updated.get("batch_stats", batch_stats)
 
-    def _exit_losses(self, i, logits, feature, batch, teacher):
-        return self.objective.example_losses(
-            i, self.num_exits, logits, feature, batch["label"], teacher
-        )
+    def exit_losses(
+        self,
+        logits: Sequence[jax.Array],
+        features: Sequence[jax.Array],
+        batch: Batch | None = None,
+    ) -> list[jax.Array]:
+        """For all N exits' logits and features the losses (B,) of the examples.
 
-    def _pass(self, params, exit_index, batch, boundary, teacher):
-        """Example losses (B, N) of all exits, or (B, 1) of one, and the pass's by-products."""
-        batch = self.batch if batch is None else batch
-        count = self.num_exits if exit_index is None else exit_index + 1
-        outputs, statistics = self._apply(params, batch, count, boundary)
-        if count == self.num_exits:
-            teacher = Teacher(outputs.logits[-1], outputs.features[-1])
-        wanted = range(count) if exit_index is None else (exit_index,)
-        losses = [
-            self._exit_losses(i, outputs.logits[i], outputs.features[i], batch, teacher)
-            for i in wanted
+        No gradient flows from an exit's loss into another exit's answer.
+        """
+        labels = (self.batch if batch is None else batch)["label"]
+        teacher = Teacher(logits[-1], features[-1])
+        return [
+            self.objective.example_losses(i, self.num_exits, z, f, labels, teacher)
+            for i, (z, f) in enumerate(zip(logits, features, strict=True))
         ]
-        stacked = jnp.stack(losses, axis=-1)
-        return stacked, Aux(jnp.mean(stacked, axis=0), outputs.logits, statistics)

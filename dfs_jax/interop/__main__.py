@@ -14,11 +14,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from dfs_jax import config as configuration
+from dfs_jax import data
 from dfs_jax.config import ConfigError, command
+from dfs_jax.data.pipeline import Spec
+from dfs_jax.distributed import placement
+from dfs_jax.interop import files, torch
+from dfs_jax.models import inputs
+from dfs_jax.training import checkpoint, optim
 from dfs_jax.training import workdir as workdirs
+from dfs_jax.training.run import Run, create_method, create_network, create_objective, prepare
+from dfs_jax.training.state import initial_state, restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,26 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, config: ml_collections.ConfigDict | None) -> None:
-    from dfs_jax.interop.torch import InteropError
-
     try:
         if arguments.export:
             _export(arguments)
         else:
             _load(arguments, config)
-    except InteropError as error:
+    except torch.InteropError as error:
         raise ConfigError(str(error)) from error
 
 
 def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | None) -> None:
     """Write the weights as the checkpoint of step 0 of a new workdir."""
-    import jax
-
-    from dfs_jax.interop import files, torch
-    from dfs_jax.training import checkpoint
-    from dfs_jax.training import workdir as workdirs
-    from dfs_jax.training.run import create_network
-
     config = _configuration(arguments, config)
     if workdirs.load(arguments.workdir) is not None:
         raise ConfigError(f"--workdir: {arguments.workdir} holds a run; choose a new one")
@@ -102,7 +103,7 @@ def _configuration(
     if arguments.network is None and config is None:
         raise ConfigError("--weights needs --network NAME, or --config FILE[:preset]")
     fresh = config is None
-    config = configuration.default() if fresh else config
+    config = config or configuration.default()
     if arguments.network is not None and (fresh or arguments.network != config.model.name):
         configuration.set_network(config, arguments.network)
     if arguments.adapters:
@@ -122,8 +123,6 @@ def _configuration(
 
 def _data_for(arguments: argparse.Namespace) -> str:
     """`--data`, or what the network's name ends in: "vgg7_cifar100" is for "cifar100"."""
-    from dfs_jax import data
-
     word = arguments.data or arguments.network.rsplit("_", 1)[-1]
     for name in data.names():
         if name == word or (name.startswith(word) and not arguments.data):
@@ -144,19 +143,9 @@ def _first_state(
 
     Needs no data: all that a state depends on is the shape of the images.
     """
-    import jax
-    import numpy as np
-
-    from dfs_jax import data
-    from dfs_jax.data.pipeline import Spec
-    from dfs_jax.distributed import placement
-    from dfs_jax.training import optim
-    from dfs_jax.training.run import Run, create_method, create_objective
-    from dfs_jax.training.state import initial_state
-
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     objective = create_objective(config, network.num_exits)
-    spec = Spec(config.data.name, image_shape, network.num_classes, (), 0, 0, 0)
+    spec = Spec(config.data.name, inputs.images(image_shape), network.num_classes, (), 0, 0, 0)
     state = initial_state(
         Run(
             config,
@@ -183,12 +172,6 @@ def _first_state(
 
 def _export(arguments: argparse.Namespace) -> None:
     """Write the weights of a run's checkpoint, those that evaluation uses, to a file."""
-    import jax
-
-    from dfs_jax.interop import files, torch
-    from dfs_jax.training.run import prepare
-    from dfs_jax.training.state import restore
-
     config = workdirs.saved_config(arguments.workdir)
     run = prepare(config)  # the data say how many classes there are
     step, state = restore(run, arguments.workdir, arguments.step)

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from dfs_jax.interop.torch import InteropError
+from dfs_jax.writing.files import open_whole
 
 # Fields under which training scripts keep the state dict, the first one present being taken.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -122,7 +123,7 @@ def _write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
             raise InteropError(
                 f"{path}: .npz cannot hold {name} of type {value.dtype}; use .safetensors"
             )
-    with path.open("wb") as file:
+    with open_whole(path) as file:
         np.savez(file, **arrays)
 
 
@@ -165,7 +166,7 @@ def _write_safetensors(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> No
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with open_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
             value = arrays[name]

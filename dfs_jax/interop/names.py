@@ -72,8 +72,6 @@ def translation(network: MultiExit, modules: Collection[str]) -> Translation:
 
 
 def _vgg(network: VGG, modules: Collection[str]) -> Translation:
-    del modules
-
     def image_side(shapes: Shapes) -> int | None:
         # An adapter's output has the size of the last map, C·h·h.
         name = "adaptation_layers.0.2.weight"
@@ -135,7 +133,6 @@ def _msdnet(network: MSDNet, modules: Collection[str]) -> Translation:
 
 
 def _resnet(network: ResNet, modules: Collection[str]) -> Translation:
-    del modules
     # By their places; 3 is a ReLU.
     separable = ("depthwise1", "pointwise1", "bn1", None, "depthwise2", "pointwise2", "bn2")
 
@@ -164,7 +161,6 @@ def _resnet(network: ResNet, modules: Collection[str]) -> Translation:
 
 def _vit(network: ViT, modules: Collection[str]) -> Translation:
     """timm's names; the exits before its own head extend them."""
-    del modules
 
     def image_side(shapes: Shapes) -> int | None:
         shape = shapes.get("pos_embed", ())  # (1, 1 + patches, width)

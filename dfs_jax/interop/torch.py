@@ -30,10 +30,7 @@ def from_state_dict(network: MultiExit, arrays: Mapping[str, Any]) -> Variables:
     are kept and `num_batches_tracked` is dropped. Raises InteropError, listing all of them,
     for entries that are missing, unknown or of another shape.
     """
-    given = _entries(arrays)
-    tree, translation = _expected(network, given)
-    places = _places(network, tree, translation)
-    problems = _misfits(places, given)
+    given, places, problems, _ = _compared(network, arrays)
     if problems:
         raise InteropError(_report(network, problems))
     return _assembled(places, given)
@@ -46,10 +43,7 @@ def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array)
     made for another number of classes; such parts get initial values drawn with `rng`. The
     backbone itself must be complete.
     """
-    given = _entries(arrays)
-    tree, translation = _expected(network, given)
-    places = _places(network, tree, translation)
-    problems = _misfits(places, given)
+    given, places, problems, translation = _compared(network, arrays)
     severe = {name: text for name, text in problems.items() if not translation.is_exit(name)}
     if severe:
         raise InteropError(_report(network, severe))
@@ -143,25 +137,21 @@ def _places(
         module, _, leaf = inner.rpartition("/")
         shape, kernel = tuple(value.shape), leaf == "kernel"
         try:
-            name = ".".join(filter(None, (translation.module(module), _leaf(collection, leaf))))
+            last = names.LEAVES.get(collection, {}).get(leaf, leaf)
+            name = ".".join(filter(None, (translation.module(module), last)))
         except KeyError:
             raise InteropError(
                 f"{type(network).__name__} has no parameter {path!r} that PyTorch has a name for"
             ) from None
         channels = shape[-2] if kernel else 0
-        pieces: tuple[tuple[str, int, int], ...] = ((name, 0, channels),)
         if "_*" in name:
             cut = network.surgery.cut(channels)
-            pieces = (
-                (name.replace("_*", "_p"), 0, cut),
-                (name.replace("_*", "_s"), cut, channels),
-            )
+            shared, other = name.replace("_*", "_p"), name.replace("_*", "_s")
+            pieces = (shared, 0, cut), (other, cut, channels)
+        else:
+            pieces = ((name, 0, channels),)
         places[path] = _Place(shape, pieces, kernel)
     return places
-
-
-def _leaf(collection: str, leaf: str) -> str:
-    return names.LEAVES.get(collection, {}).get(leaf, leaf)
 
 
 def _entries(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -182,16 +172,18 @@ def _image_shape(
     return (1, side, side, stem[1] if len(stem) == 4 and stem[1] else 3)
 
 
-def _expected(
-    network: MultiExit, given: Mapping[str, np.ndarray]
-) -> tuple[Variables, names.Translation]:
-    """The shapes of the network's variables, for the images the entries were made for."""
+def _compared(
+    network: MultiExit, arrays: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, _Place], dict[str, str], names.Translation]:
+    """Entries, the places of the network's variables for their images, and what does not fit."""
+    given = _entries(arrays)
     tree = _shapes(network, _smallest(network))
     translation = names.translation(network, tree["params"].keys())
     image_shape = _image_shape(network, translation, given)
     if image_shape != _smallest(network):
         tree = _shapes(network, image_shape)
-    return tree, translation
+    places = _places(network, tree, translation)
+    return given, places, _misfits(places, given), translation
 
 
 def _smallest(network: MultiExit) -> tuple[int, int, int, int]:

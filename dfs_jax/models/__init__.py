@@ -2,5 +2,3 @@
 
 from dfs_jax.models.multi_exit import ExitOutputs, MultiExit
 from dfs_jax.models.registry import create_model, names, options
-
-__all__ = ["ExitOutputs", "MultiExit", "create_model", "names", "options"]

@@ -1,7 +1,9 @@
 """Cost and parameters of every exit, counted in the traced computation.
 
-A network is traced with abstract values, one image at a time, and its layers are found by their
-tags (`ops/tags.py`), so that no network is described twice and no weights are made. Conventions:
+A network is traced with abstract values, and its layers are found by their tags (`ops/tags.py`), so
+that no network is described twice and no weights are made. What it is traced on is given as to
+`network.init`, arrays or shapes alone, for instance `Spec.batch(1)` of a data set: costs are those
+of that batch, so that a batch of one gives the cost of an example. Conventions:
 
     published        multiply-adds of convolutions (biases not counted), dense layers and other
                      matrix products; one per bias of a dense layer, one per element of a ReLU,
@@ -23,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -45,26 +46,24 @@ class PerExit:
 
 @dataclasses.dataclass(frozen=True)
 class ExitCosts(PerExit):
-    """Cost of each exit for one image, and the number of parameters that it executes."""
+    """Cost of each exit, and the number of parameters that it executes."""
 
     convention: str
     parameters: PerExit  # batch norm's included, running statistics not
 
 
-def exit_costs(
-    network: Any, image_shape: tuple[int, int, int], *, convention: str = "published"
-) -> ExitCosts:
-    """Cost and parameters of every exit of `network` (DESIGN's contract) on images (H, W, C).
+def exit_costs(network: Any, batch: Any, *, convention: str = "published") -> ExitCosts:
+    """Cost and parameters of every exit of `network` (a `MultiExit`) on `batch`, its input.
 
     Everything that a segment runs counts, as in the published columns, even where this exit
     does not need it (the finer scales of MSDNet). A parameter counts once however often it is
-    used. Raises ValueError for an unknown convention and for images that the network refuses.
+    used. Raises ValueError for an unknown convention and for input that the network refuses.
     """
     if convention not in CONVENTIONS:
         raise ValueError(
             f"unknown convention {convention!r} of cost; known: {', '.join(CONVENTIONS)}"
         )
-    variables, carry = _abstract(network, image_shape)
+    variables, carry = _variables(network, batch), batch
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables[0])]
 
     def flops(cost: _Cost) -> int:
@@ -94,26 +93,22 @@ def exit_costs(
     )
 
 
-def minimal_training_multiply_adds(network: Any, image_shape: tuple[int, int, int]) -> int:
-    """The fewest multiply-adds with which one image can train all exits of `network` together.
+def minimal_training_multiply_adds(network: Any, batch: Any) -> int:
+    """The fewest multiply-adds with which `batch` can train all exits of `network` together.
 
     That is forward, kernel gradients, and input gradients of the channels that surgery leaves
     live, over all convolutions, dense layers and other products, heads included, adapters not.
     Where nothing trainable lies before a layer (the first one) there is no input gradient.
     Windows count in full, padding included: compare with nothing but this count itself.
     """
-    variables, images = _abstract(network, image_shape)
-
     logits = functools.partial(_all_logits, network)
-    cost, _ = _trace(logits, variables, images, prune=True)
+    cost, _ = _trace(logits, _variables(network, batch), batch, prune=True)
     return cost.products + cost.gradients
 
 
-def training_flops(network: Any, image_shape: tuple[int, int, int], batch: int) -> int:
-    """`minimal_training_multiply_adds` of a batch, at 2 FLOPs each."""
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    return 2 * batch * minimal_training_multiply_adds(network, image_shape)
+def training_flops(network: Any, batch: Any) -> int:
+    """`minimal_training_multiply_adds`, at 2 FLOPs each."""
+    return 2 * minimal_training_multiply_adds(network, batch)
 
 
 # What a computation costs.
@@ -153,17 +148,14 @@ def _logits(network: Any, i: int, params: Any, others: Any, seen: tuple[Any, ...
     return network.apply(variables, exit_input, i, train=False, method="classify", **previous)[0]
 
 
-def _all_logits(network: Any, params: Any, others: Any, images: Any) -> tuple[jax.Array, ...]:
-    return network.apply({"params": params, **others}, images, train=False).logits
+def _all_logits(network: Any, params: Any, others: Any, batch: Any) -> tuple[jax.Array, ...]:
+    return network.apply({"params": params, **others}, batch, train=False).logits
 
 
-def _abstract(network: Any, image_shape: tuple[int, int, int]) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """((parameters, other variables), a batch of one image) as shapes and types."""
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be positive (H, W, C), got {tuple(image_shape)}")
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = dict(jax.eval_shape(lambda x: network.init(jax.random.key(0), x), images))
-    return (variables.pop("params", {}), variables), images
+def _variables(network: Any, batch: Any) -> tuple[Any, Any]:
+    """(parameters, other variables) as shapes and types."""
+    variables = dict(jax.eval_shape(lambda x: network.init(jax.random.key(0), x), batch))
+    return variables.pop("params", {}), variables
 
 
 def _trace(
@@ -309,11 +301,13 @@ def _per_exit(
     }
 
 
-# The command.
-def cost_table(network: Any, image_shape: tuple[int, int, int]) -> str:
+# As a table.
+
+
+def cost_table(network: Any, batch: Any) -> str:
     """Cumulative cost (M) and parameters (M) per exit of `network`, as aligned lines."""
-    published = exit_costs(network, image_shape)
-    plain = exit_costs(network, image_shape, convention="multiply_adds")
+    published = exit_costs(network, batch)
+    plain = exit_costs(network, batch, convention="multiply_adds")
     rows = [("exit", "cost (M)", "multiply-adds (M)", "parameters (M)", "share of the last")]
     for i, cost in enumerate(published.cumulative):
         rows.append(

@@ -1,8 +1,8 @@
 """The layers of every network here: linen wrappers of `surgery.conv` and `surgery.dense`,
-BatchNorm with PyTorch's statistics, ReLU and pooling.
+BatchNorm with PyTorch's statistics, ReLU and average pooling. (Max pooling: `ops/pooling.py`.)
 
 Parameters are float32 (float64 under dtype=float64), the computation has `dtype`. Layers are
-tagged, so that `flops.py` counts them whatever their implementation. A layer that takes
+tagged, so that `cost.py` counts them whatever their implementation. A layer that takes
 `Feature` accepts an array or a `Partitioned`; every layer returns a plain array.
 """
 
@@ -17,7 +17,6 @@ from flax import linen as nn
 from jax import lax
 
 from dfs_jax import surgery
-from dfs_jax.ops import pooling
 from dfs_jax.ops.tags import tagged
 from dfs_jax.surgery import Partitioned
 
@@ -214,28 +213,17 @@ class ConvBNReLU(nn.Module):
         return relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train))
 
 
+def plain(x: Feature) -> jax.Array:
+    """The feature as an array whose dead channels have no gradient."""
+    return x.stopped() if isinstance(x, Partitioned) else x
+
+
 def cast(x: Feature, dtype: Any) -> Feature:
     """`x` in the type of the computation."""
     return jax.tree.map(lambda value: value.astype(dtype), x)
 
 
 relu = tagged("relu", jax.nn.relu)  # gradient 0 at 0, as in PyTorch; jnp.maximum has 0.5 there
-
-
-def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
-    """Maximum over windows of x (B, H, W, C); the border is padded with -inf.
-
-    The gradient goes to the first maximum of a window, as in PyTorch.
-    """
-    return _max_pool(window, strides, padding)(x)
-
-
-@functools.cache
-def _max_pool(window: int, strides: int, padding: int):
-    def pool(x):
-        return pooling.max_pool(x, window, strides, padding)
-
-    return tagged(f"pool:{window * window}", pool)
 
 
 def average_pool(x: Feature, window: int) -> Feature:

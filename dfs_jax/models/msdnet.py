@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from dfs_jax.models.layers import ConvBNReLU, Dense, Feature, global_average_pool, max_pool
+from dfs_jax.models.layers import ConvBNReLU, Dense, Feature, global_average_pool
 from dfs_jax.models.multi_exit import MultiExit
+from dfs_jax.ops.pooling import max_pool
 from dfs_jax.surgery import Partitioned
 
 
@@ -159,14 +160,8 @@ class Layer(nn.Module):
         for k in range(self.kept):
             scale = dropped + k
             parts = [features[scale]]
-            sources = (
-                [(scale, 1, "normal")]
-                if scale == 0
-                else [
-                    (scale - 1, 2, "down"),
-                    (scale, 1, "normal"),
-                ]
-            )
+            sources = [(scale - 1, 2, "down")] if scale else []
+            sources.append((scale, 1, "normal"))
             for source, strides, kind in sources:
                 width = self.growth * self.factors[scale] // len(sources)
                 unit = BottleneckConv(

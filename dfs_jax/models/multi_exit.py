@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.models.layers import BatchNorm, Dense, Feature, full_precision, relu, torch_default
-from dfs_jax.surgery import Partitioned, Surgery
+from dfs_jax.models.collaboration import Collaboration
+from dfs_jax.models.layers import Dense, Feature, full_precision
+from dfs_jax.surgery import Surgery
 
 # boundary(i, feature) -> (towards the next segment, towards exit i), just before surgery:
 # where gradient methods scale or detach what flows between segments.
@@ -41,7 +42,7 @@ class MultiExit(nn.Module, kw_only=True):
       dropout_rate: before each exit's last dense layer, in networks that have it.
       adapters: add the linear layers that only feature distillation uses.
       collaboration: every exit but the first sees what the exit before it has answered; see
-        `Collaboration`.
+        `collaboration.py`.
       rematerialise: recompute each segment in the backward pass instead of keeping what it made.
     """
 
@@ -64,6 +65,18 @@ class MultiExit(nn.Module, kw_only=True):
         """Side, in pixels, of the smallest images the network takes."""
         raise NotImplementedError
 
+    def check_input(self, images: Any) -> None:
+        """Raise ValueError, saying what the network takes, unless `images` are that.
+
+        A network on other input than images has a check of its own.
+        """
+        smallest = self.smallest_image
+        if images.ndim != 4 or min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"{type(self).__name__} takes images (batch, height, width, channels) of at "
+                f"least {smallest}x{smallest} pixels, got shape {tuple(images.shape)}"
+            )
+
     def segment(self, i: int, *features: Feature, train: bool) -> tuple[Feature, ...]:
         """Features after segment i, the last of them the one that surgery cuts.
 
@@ -78,12 +91,10 @@ class MultiExit(nn.Module, kw_only=True):
 
     def exit_input(self, i: int, seen: Feature, uncut: Feature) -> Any:
         """What exit i is given: the feature as surgery left it, and `uncut` where it needs that."""
-        del i, uncut
         return seen
 
     def adapter(self, i: int, exit_input: Any, feature: jax.Array) -> jax.Array:
         """Feature of exit i brought to the shape of the last one's: a dense layer."""
-        del exit_input
         return self.adapter_layers[i](feature)
 
     def dense_adapters(self, width: int) -> list[Dense]:
@@ -91,15 +102,13 @@ class MultiExit(nn.Module, kw_only=True):
         count = self.num_exits - 1 if self.adapters else 0
         return [Dense(width, dtype=self.dtype) for _ in range(count)]
 
-    def collaborations(self, widths: Sequence[int]) -> list["Collaboration"]:
+    def collaborations(self, widths: Sequence[int]) -> list[Collaboration]:
         """For `setup`: one for every exit but the first, if they are wanted.
 
         `widths` are the channels that each exit's last dense layer reads, shallow to deep.
         """
-        return [
-            Collaboration(width, self.num_classes, dtype=self.dtype)
-            for width in widths[1 : None if self.collaboration else 1]
-        ]
+        seeing = widths[1:] if self.collaboration else ()
+        return [Collaboration(width, self.num_classes, dtype=self.dtype) for width in seeing]
 
     # What everything else calls.
 
@@ -137,7 +146,7 @@ class MultiExit(nn.Module, kw_only=True):
         `carry` is the images (B, H, W, C) for i = 0 and opaque afterwards; None after the last.
         """
         if i == 0:
-            self._check_images(carry)
+            self.check_input(carry)
         inputs = carry if i else (carry,)
         if self.rematerialise:
             features = nn.remat(lambda self, *x: self.segment(i, *x, train=train))(self, *inputs)
@@ -175,42 +184,3 @@ class MultiExit(nn.Module, kw_only=True):
             feature = self.adapter(i, exit_input, feature)
         wide = full_precision(self.dtype)
         return logits.astype(wide), feature.astype(wide)
-
-    def _check_images(self, images: jax.Array) -> None:
-        smallest = self.smallest_image
-        if images.ndim != 4 or min(images.shape[1:3]) < smallest:
-            raise ValueError(
-                f"{type(self).__name__} takes images (batch, height, width, channels) of at "
-                f"least {smallest}x{smallest} pixels, got shape {tuple(images.shape)}"
-            )
-
-
-class Collaboration(nn.Module):
-    """What an exit makes of the previous exit's logits (B, K): a term (B, K) of its own.
-
-    Inline subnetwork collaboration (IMTA, ICCV 2019, arXiv 1908.06294): dense layer, batch norm
-    and ReLU to as many channels as the exit's own last dense layer reads, then a dense layer
-    without bias. That the two last dense layers are added is what one dense layer on both inputs
-    side by side computes, and leaves the exit its own parameters, so that weights trained without
-    collaboration fit. No gradient flows into the previous exit: every loss trains what it does
-    without collaboration, and surgery and block-dependent losses keep their meaning. (In the
-    official code it reaches the previous exit's last layer, all before being frozen.)
-    """
-
-    width: int
-    num_classes: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, previous: jax.Array, *, train: bool) -> jax.Array:
-        x = Dense(self.width, dtype=self.dtype, name="hidden")(jax.lax.stop_gradient(previous))
-        x = relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train))
-        init = torch_default(2 * self.width)  # of the one dense layer
-        return Dense(
-            self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init, name="dense"
-        )(x)
-
-
-def plain(x: Feature) -> jax.Array:
-    """The feature as an array whose dead channels have no gradient."""
-    return x.stopped() if isinstance(x, Partitioned) else x

@@ -53,9 +53,16 @@ _NETWORKS: dict[str, Network] = {
         {"steps": (2, 1, 1, 1), "initial": 16, "growth": 16, "reduction": 0.5},
         dropout_rate=0.5,
     ),
-    "vgg7_cifar100": Network(VGG, {}, {"widths": ((64, 64), (128, 128), (256, 256))}),
+    "vgg7_cifar100": Network(
+        VGG, {}, {"widths": ((64, 64), (128, 128), (256, 256)), "split_init": False}
+    ),
     "vgg16_imagenet": Network(
-        VGG, {}, {"widths": ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)}
+        VGG,
+        {},
+        {
+            "widths": ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
+            "split_init": False,
+        },
     ),
     # arXiv 1512.03385, table 1, with the exits of the official DFS code.
     "resnet18_cifar100": Network(ResNet, {"depths": (2, 2, 2, 2)}, {"width": 64}),
@@ -83,12 +90,8 @@ def options(name: str) -> dict[str, Any]:
 
     `dropout_rate` None stands for the published rate. Raises ValueError for an unknown name.
     """
-    return {
-        "dropout_rate": None,
-        "adapters": False,
-        "collaboration": False,
-        **_find(name).options,
-    }
+    common = {"dropout_rate": None, "adapters": False, "collaboration": False}
+    return common | _find(name).options
 
 
 def create_model(
@@ -106,7 +109,10 @@ def create_model(
 
     `dropout_rate=None` is the published rate; `adapters` adds the layers that only feature
     distillation uses; `collaboration` shows every exit but the first what the one before it has
-    answered; `options` are the network's own, see `options(name)`. Raises ValueError
+    answered (`collaboration.py`); `options` are the network's own, see `options(name)`.
+
+    Initial weights never depend on `surgery`, so that what is compared starts from the same ones;
+    the option `split_init=True` of VGG, the official draw, is the one exception. Raises ValueError
     for an unknown name or option, naming the known ones, and for values out of range.
     """
     network = _find(name)

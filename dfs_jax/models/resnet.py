@@ -20,9 +20,10 @@ from dfs_jax.models.layers import (
     Feature,
     global_average_pool,
     he_fan_out,
+    plain,
     relu,
 )
-from dfs_jax.models.multi_exit import MultiExit, plain
+from dfs_jax.models.multi_exit import MultiExit
 
 _Conv = functools.partial(Conv, kernel_init=he_fan_out)
 

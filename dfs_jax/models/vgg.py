@@ -2,7 +2,8 @@
 
 Convolution, ReLU, batch norm, in this order; a 2×2 max pool ends each group. An exit is global
 average pooling and a dense layer without bias. The official code stores each convolution and
-dense layer as two kernels, cut where surgery cuts the input; here it is one.
+dense layer as two kernels, cut where surgery cuts the input; here it is one, and drawn as one
+unless `split_init` is asked for.
 """
 
 import itertools
@@ -17,14 +18,16 @@ from dfs_jax.models.layers import (
     Conv,
     Dense,
     Feature,
+    Initializer,
     average_pool,
     global_average_pool,
-    max_pool,
+    plain,
     relu,
     split_torch_default,
     torch_default,
 )
-from dfs_jax.models.multi_exit import MultiExit, plain
+from dfs_jax.models.multi_exit import MultiExit
+from dfs_jax.ops.pooling import max_pool
 
 
 class VGG(MultiExit):
@@ -32,27 +35,36 @@ class VGG(MultiExit):
 
     Attributes:
       widths: output channels of the convolutions of each group.
+      split_init: draw initial weights as the official code does: of each kernel the inputs that
+        surgery shares and the others apart, both with a fan_in of their own. They are larger then,
+        and depend on `surgery.beta` (where nothing is partitioned too, as there), which initial
+        weights otherwise never do.
     """
 
     widths: Sequence[Sequence[int]]
+    split_init: bool = False
 
     def setup(self):
         widths = self._flat_widths
-        convs, heads = [], []
-        for i, width in enumerate(widths):
-            init = split_torch_default(self.surgery.cut(widths[i - 1])) if i else torch_default()
-            convs.append(Conv(width, 3, use_bias=i == 0, dtype=self.dtype, kernel_init=init))
-            init = split_torch_default(self.surgery.cut(width))
-            heads.append(
-                Dense(self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init)
-            )
-        self.convs, self.heads = convs, heads
+        inits = [torch_default(), *map(self._init, widths)]  # by what is read, the images first
+        self.convs = [
+            Conv(width, 3, use_bias=i == 0, dtype=self.dtype, kernel_init=inits[i])
+            for i, width in enumerate(widths)
+        ]
+        self.heads = [
+            Dense(self.num_classes, use_bias=False, dtype=self.dtype, kernel_init=init)
+            for init in inits[1:]
+        ]
         # One each: a shared one would draw by the number of exits that ran before.
         self.dropouts = [nn.Dropout(self.dropout_rate) for _ in widths]
         self.norms = [BatchNorm(dtype=self.dtype) for _ in widths]
         self.collaborators = self.collaborations(widths)
         if self.adapters:
             self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
+
+    def _init(self, inputs: int) -> Initializer:
+        """Of a kernel that reads `inputs` channels which surgery may have cut."""
+        return split_torch_default(self.surgery.cut(inputs)) if self.split_init else torch_default()
 
     @property
     def _flat_widths(self) -> list[int]:
@@ -78,8 +90,8 @@ class VGG(MultiExit):
         return (max_pool(x, 2, 2) if ends_group else x,)
 
     def exit_input(self, i: int, seen: Feature, uncut: Feature) -> tuple[Feature, ...]:
-        cut_away = self.surgery.partition and not self.surgery.referencing
-        return (seen, uncut) if self.adapters or cut_away else (seen,)
+        # An exit's feature is the whole map, which adapters give a gradient to.
+        return (seen, uncut) if self.adapters or self.surgery.hides else (seen,)
 
     def head(self, i: int, exit_input: Any, *, train: bool) -> tuple[jax.Array, jax.Array]:
         pooled = global_average_pool(exit_input[0])

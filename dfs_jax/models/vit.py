@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.models.layers import Conv, Dense, Feature, full_precision
-from dfs_jax.models.multi_exit import MultiExit, plain
+from dfs_jax.models.layers import Conv, Dense, Feature, full_precision, plain
+from dfs_jax.models.multi_exit import MultiExit
 
 # timm cuts this normal at ±2, a hundred deviations out.
 _normal = nn.initializers.normal(0.02)

@@ -1,6 +1,6 @@
 """How programs are compiled, and what a compiled program costs, read from the program.
 
-What a network costs by its definition is counted in `flops.py`.
+What a network costs by its definition is counted in `models/cost.py`.
 """
 
 import functools

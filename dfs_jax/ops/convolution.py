@@ -1,13 +1,16 @@
-"""Formulations of convolution and max pooling that are fast on CPU.
+"""Formulations of convolution that are fast on CPU.
 
 With the options of `compiler.py`, XLA's CPU backend runs an ordinary forward convolution near the
-machine's peak, but 1×1 and depthwise convolutions, the input gradient of a strided one, the
-backward of a window reduction and, in a loop, both gradients far below it. Each is written here in
-a way that it compiles well; `docs/performance.md` has the measurements. The results are the
-library's up to rounding, and so is the number of products.
+machine's peak, but 1×1 and depthwise convolutions, the input gradient of a strided one and, in a
+loop, both gradients far below it. Each is written here in a way that it compiles well;
+`docs/performance.md` has the measurements. The results are the library's up to rounding, and so is
+the number of products.
 
-Which formulation runs is decided by shape and, when the program is lowered, by platform: GPU
-and TPU keep the library's. Surgery (which channels get a gradient) is not decided here.
+Which formulation runs is decided by shape and, when the program is lowered, by platform. GPU and
+TPU keep the library's operations: of this file they run the upper half, the three operations that
+are each other's gradients, with `_library` in them. What follows `_fast` they skip.
+
+Surgery (which channels get a gradient) is not decided here, and pooling has a file of its own.
 """
 
 import functools
@@ -21,7 +24,6 @@ from jax import lax
 from jax.experimental import xla_metadata
 
 Shape = tuple[int, ...]
-
 
 _PIECE = 4096  # pixels of one product in a 1×1 convolution's kernel gradient
 
@@ -47,10 +49,9 @@ class Formulation(NamedTuple):
 
 def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """x * kernel, in the formulation that suits the platform."""
-    library, fast = _library(geometry), _fast(kernel.shape, geometry)
-    forward = _on_platform(fast and fast.forward, library.forward)
+    fast, library = _fast(x.shape[-1], kernel.shape, geometry), _library(geometry)
     return _bilinear(
-        forward,
+        _on_platform(fast.forward, library.forward),
         lambda x, kernel, dy: input_gradient(x.shape, kernel, dy, geometry),
         lambda x, kernel, dy: kernel_gradient(x, kernel.shape, dy, geometry),
     )(x, kernel)
@@ -58,11 +59,12 @@ def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 
 def input_gradient(shape: Shape, kernel: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient for an x of `shape`, given that for y."""
-    library, fast = _library(geometry), _fast(kernel.shape, geometry)
-    default = functools.partial(library.input_gradient, shape)
-    product = _on_platform(fast and functools.partial(fast.input_gradient, shape), default)
+    fast, library = _fast(shape[-1], kernel.shape, geometry), _library(geometry)
     return _bilinear(
-        product,
+        _on_platform(
+            functools.partial(fast.input_gradient, shape),
+            functools.partial(library.input_gradient, shape),
+        ),
         lambda kernel, g, dx: kernel_gradient(dx, kernel.shape, g, geometry),
         lambda kernel, g, dx: convolution(dx, kernel, geometry),
     )(kernel, g)
@@ -70,21 +72,20 @@ def input_gradient(shape: Shape, kernel: jax.Array, g: jax.Array, geometry: Geom
 
 def kernel_gradient(x: jax.Array, shape: Shape, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient for a kernel of `shape`, given that for y."""
-    library, fast = _library(geometry), _fast(shape, geometry)
-    product = _on_platform(
-        fast and (lambda x, g: fast.kernel_gradient(x, shape, g)),
-        lambda x, g: library.kernel_gradient(x, shape, g),
-    )
+    fast, library = _fast(x.shape[-1], shape, geometry), _library(geometry)
     return _bilinear(
-        product,
+        _on_platform(
+            lambda x, g: fast.kernel_gradient(x, shape, g),
+            lambda x, g: library.kernel_gradient(x, shape, g),
+        ),
         lambda x, g, d_kernel: input_gradient(x.shape, d_kernel, g, geometry),
         lambda x, g, d_kernel: convolution(x, d_kernel, geometry),
     )(x, g)
 
 
-def _on_platform(cpu: Callable | None, default: Callable) -> Callable:
-    """`cpu` where that runs, if there is one, and `default` elsewhere."""
-    if cpu is None:
+def _on_platform(cpu: Callable, default: Callable) -> Callable:
+    """`cpu` where that runs and `default` elsewhere; no choice where both are one."""
+    if cpu is default:
         return default
     return lambda a, b: lax.platform_dependent(a, b, cpu=cpu, default=default)
 
@@ -96,9 +97,7 @@ def _bilinear(product: Callable, to_left: Callable, to_right: Callable) -> Calla
     are made of the formulations of this module.
     """
 
-    @jax.custom_vjp
-    def operation(a, b):
-        return product(a, b)
+    operation = jax.custom_vjp(product)
 
     def forward(a, b):
         return operation(a, b), (a, b)
@@ -108,15 +107,6 @@ def _bilinear(product: Callable, to_left: Callable, to_right: Callable) -> Calla
 
     operation.defvjp(forward, backward)
     return operation
-
-
-def _fast(kernel: Shape, geometry: Geometry) -> Formulation | None:
-    """The formulation of all three parts on CPU, where the library's is not the best."""
-    if geometry.depthwise:
-        return _taps(geometry)
-    if kernel[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
-        return _pointwise(geometry)
-    return _forward_like(geometry)
 
 
 @functools.cache
@@ -142,6 +132,15 @@ def _library(geometry: Geometry) -> Formulation:
         return jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)(g)[0]
 
     return Formulation(forward, input_gradient, kernel_gradient)
+
+
+def _fast(channels: int, kernel: Shape, geometry: Geometry) -> Formulation:
+    """The formulation on CPU, the only platform that runs what follows."""
+    if geometry.depthwise:  # with one output a channel; no network here has several
+        return _taps(geometry) if kernel[-1] == channels else _library(geometry)
+    if kernel[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
+        return _pointwise(geometry)
+    return _forward_like(geometry)
 
 
 @functools.cache
@@ -297,20 +296,14 @@ def _taps(geometry: Geometry) -> Formulation:
     """A depthwise convolution is a sum over the places of its kernel, one loop when compiled."""
 
     def forward(x, kernel):
-        if kernel.shape[-1] != x.shape[-1]:
-            return _library(geometry).forward(x, kernel)
         taps = _windows(x, kernel.shape, geometry)
         return sum(tap * kernel[i, j, 0] for (i, j), tap in taps)
 
     def input_gradient(shape, kernel, g):
-        if g.shape[-1] != shape[-1]:
-            return _library(geometry).input_gradient(shape, kernel, g)
         x = jax.ShapeDtypeStruct(shape, g.dtype)
         return jax.linear_transpose(lambda x: forward(x, kernel), x)(g)[0]
 
     def kernel_gradient(x, shape, g):
-        if shape[-1] != x.shape[-1]:
-            return _library(geometry).kernel_gradient(x, shape, g)
         sums = [jnp.sum(tap * g, (0, 1, 2)) for _, tap in _windows(x, shape, geometry)]
         return jnp.stack(sums).reshape(shape)
 

@@ -1,4 +1,10 @@
-"""Max pooling whose gradient is fast on CPU; the results are the library's."""
+"""Max pooling whose gradient is fast on CPU; the results are the library's.
+
+Where windows do not overlap, CPU compares the places of a tile with each other and hands the
+gradient to the first that is the largest: the library's window reduction is slow there, its
+gradient most of all (`docs/performance.md`). GPU and TPU keep the library's: of this file they run
+`_window_maximum` alone, as CPU does for windows that overlap. Averages are in `models/layers.py`.
+"""
 
 import functools
 import itertools
@@ -8,15 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dfs_jax.ops.tags import tagged
+
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
     """Maximum over windows of x (B, H, W, C); the border is padded with -inf.
 
     The gradient goes to the first maximum of a window, in the order of rows, as in PyTorch.
     """
-    if window != strides or padding:
-        return _window_maximum(x, window, strides, padding)
-    return _tiled_maximum(window)(x)
+    return _maximum(window, strides, padding)(x)
+
+
+@functools.cache
+def _maximum(window: int, strides: int, padding: int):
+    """`max_pool` with its tag."""
+    if window == strides and not padding:
+        pool = _tiled_maximum(window)
+    else:
+        pool = functools.partial(_window_maximum, window=window, strides=strides, padding=padding)
+    return tagged(f"pool:{window * window}", pool)
 
 
 def _window_maximum(x, window, strides, padding):
@@ -26,7 +42,6 @@ def _window_maximum(x, window, strides, padding):
     return lax.reduce_window(x, lowest, lax.max, sizes, steps, ((0, 0), edge, edge, (0, 0)))
 
 
-@functools.cache
 def _tiled_maximum(window: int):
     """Maximum over tiles of window × window; rows and columns left over are dropped."""
 

@@ -1,4 +1,4 @@
-"""Names on layers, by which `flops.py` counts them in a traced computation.
+"""Names on layers, by which `models/cost.py` counts them in a traced computation.
 
 A tagged function is one equation `layer:<tag>` of the jaxpr, whose operands show the shapes;
 the cost of a layer is read from those, so a faster implementation inside never changes it.

@@ -1,14 +1,14 @@
 """Programs compiled from nothing, and what the compiler tells of them."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dfs_jax.ops import compiler
+from dfs_jax.profiling.timing import timed
 
 
 class Cost(NamedTuple):
@@ -23,7 +23,6 @@ class Cost(NamedTuple):
     peak_bytes: int  # arguments, temporaries, and results that take no argument's place
 
 
-# Programs.
 class Program:
     """A compiled function (carry, …) -> (carry, result), called with what the last call left.
 
@@ -32,38 +31,34 @@ class Program:
 
     result: Any
 
-    def __init__(self, compiled: Callable, cost: Cost, carry: Any, arguments: Any, calls: int):
-        self.cost = cost
-        self._compiled, self._carry, self._arguments = compiled, carry, arguments
+    def __init__(self, compiled: Any, cost: Cost, carry: Any, arguments: Any, calls: int):
+        self.compiled, self.cost = compiled, cost
+        self._carry, self._arguments = carry, arguments
         self._calls = calls
 
     def __call__(self) -> int:
         for _ in range(self._calls):
-            self._carry, self.result = self._compiled(self._carry, *self._arguments)
+            self._carry, self.result = self.compiled(self._carry, *self._arguments)
         jax.block_until_ready((self._carry, self.result))
         return self._calls
 
 
-def compiled_cost(function: Any, *arguments: Any) -> tuple[Callable, Cost]:
+def compiled_cost(function: Any, *arguments: Any) -> tuple[Any, Cost]:
     """The jitted `function` compiled for `arguments`, from nothing, and what that cost."""
     with persistent_cache(None):
         jax.clear_caches()  # of what earlier programs traced
-        began = time.perf_counter()
-        lowered = function.lower(*arguments)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
-        done = time.perf_counter()
+        lowered, trace_seconds = timed(lambda: function.lower(*arguments))
+        compiled, compile_seconds = timed(lowered.compile)
     counts, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    occupied = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = Cost(
-        trace_seconds=traced - began,
-        compile_seconds=done - traced,
+        trace_seconds=trace_seconds,
+        compile_seconds=compile_seconds,
         flops=compiler.flops(compiled),
         bytes_accessed=float(counts.get("bytes accessed", 0.0)),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=occupied + results,
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results,
     )
     return compiled, cost
 

@@ -8,7 +8,7 @@ to start a program is in these times; on a layer of a few microseconds that is m
 
 import collections
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,9 @@ import numpy as np
 from jax.extend import core
 
 from dfs_jax.ops import compiler, tags
+from dfs_jax.profiling import timing
+from dfs_jax.profiling.timing import Clock
 from dfs_jax.surgery import Surgery
-
-_WARMUP = 2
 
 
 class LayerGradient(NamedTuple):
@@ -65,7 +65,7 @@ def measure(
     shape: tuple[int, int, int, int],
     samples: int,
     calls: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> InputGradients:
     """Input gradients of `network` on images of `shape` (B, H, W, C).
 
@@ -75,10 +75,9 @@ def measure(
     whole = network.clone(surgery=Surgery(partition=False))
     kinds: dict[Any, list[Any]] = collections.defaultdict(list)
     for own, full in zip(_layers(network, shape), _layers(whole, shape), strict=True):
-        kind, live, channels = own.kind, own.live, own.shapes[0][-1]
-        if (kind, own.shapes) != (full.kind, full.shapes):
+        if (own.kind, own.shapes) != (full.kind, full.shapes):
             raise ValueError(f"surgery changed the layers: {own.shapes} instead of {full.shapes}")
-        if live < channels:
+        if own.live < own.shapes[0][-1]:
             kinds[str(own.equation), str(full.equation)].append((own, full))
     layers = []
     for same in kinds.values():
@@ -120,9 +119,7 @@ def _tagged(jaxpr: core.Jaxpr) -> Iterator[_Layer]:
             yield _Layer(kind, int(live or shapes[0][-1]), shapes, equation)
 
 
-def _seconds(
-    equation: core.JaxprEqn, samples: int, calls: int, clock: Callable[[], float]
-) -> float:
+def _seconds(equation: core.JaxprEqn, samples: int, calls: int, clock: Clock) -> float:
     """Median time of the input gradient of the layer `equation` alone, given random arrays."""
     layer = core.jaxpr_as_fun(equation.params["jaxpr"])
 
@@ -135,11 +132,4 @@ def _seconds(
     rng = np.random.default_rng(0)
     avals = [equation.outvars[0].aval, *(atom.aval for atom in equation.invars)]
     arrays = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in avals]
-    times = []
-    for _ in range(_WARMUP + samples):
-        began = clock()
-        for _ in range(calls):
-            result = gradient(*arrays)
-        jax.block_until_ready(result)
-        times.append((clock() - began) / calls)
-    return float(np.median(times[_WARMUP:]))
+    return timing.median(timing.repeating(gradient, *arrays, calls=calls), samples, clock)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import io
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfs_jax.config.tables import format_table
 from dfs_jax.distributed import placement
-from dfs_jax.gradients import Problem
 from dfs_jax.gradients.per_exit import exit_gradients
-from dfs_jax.ops import compiler
 from dfs_jax.profiling import compiled, timing
 from dfs_jax.training import metrics, progress
 from dfs_jax.training.counts import batch_counter
 from dfs_jax.training.run import Run
 from dfs_jax.training.state import initial_state
-from dfs_jax.training.step import make_train_step
-
-_WARMUP = 2  # steps that are not counted: they compile, and open the files
+from dfs_jax.training.step import Measurements, jit, make_train_step, step_problem
+from dfs_jax.writing.tables import format_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +63,14 @@ class Overheads:
         """Aligned lines."""
         rows = [("training step", _ms(self.step_seconds), "")]
         flops, seconds = self.gradient_flops, self.gradient_seconds
+        evaluation = f"{self.evaluation_share:.1%}"
         for name, words in (("prefix", "by prefix networks"), ("jacrev", "by jacrev")):
             times = seconds[name] / seconds["summed"]
             ratio = f"{flops[name] / flops['summed']:.2f} FLOPs, {times:.2f} time of one gradient"
             rows.append((f"per-exit gradients {words}", _ms(seconds[name]), ratio))
         rows += [
             ("reporting, per step", _ms(self.report_seconds), f"{self.report_share:.2%} of a step"),
-            (
-                "evaluation of a batch",
-                _ms(self.evaluation_seconds),
-                f"{self.evaluation_share:.1%} of a step",
-            ),
+            ("evaluation of a batch", _ms(self.evaluation_seconds), f"{evaluation} of a step"),
             ("tracing the step", f"{self.trace_seconds:.1f} s", ""),
             ("compiling it", f"{self.compile_seconds:.1f} s", "without a persistent cache"),
             ("fetching it", f"{self.cached_seconds:.1f} s", "from the persistent cache"),
@@ -108,22 +100,19 @@ def measure(run: Run, repeats: int) -> Overheads:
 
 
 def exit_gradient_functions(run: Run) -> dict[str, Callable[..., Any]]:
-    """Functions (params, batch_stats, batch) -> gradients: of the sum, and two ways per exit."""
+    """Functions (state, batch) -> gradients: of the sum, and two ways per exit."""
 
-    def problem(batch_stats, batch):
-        return Problem(run.network, run.objective, batch, batch_stats, jax.random.key(0))
+    def summed(state, batch):
+        problem, _ = step_problem(run, state, batch)
+        return jax.grad(lambda p: jnp.sum(problem.losses(p)[0]))(state.params)
 
-    def summed(params, batch_stats, batch):
-        def loss(params):
-            return jnp.sum(problem(batch_stats, batch).losses(params)[0])
+    def prefix(state, batch):
+        problem, _ = step_problem(run, state, batch)
+        return exit_gradients(problem, state.params)[0]
 
-        return jax.grad(loss)(params)
-
-    def prefix(params, batch_stats, batch):
-        return exit_gradients(problem(batch_stats, batch), params)[0]
-
-    def jacrev(params, batch_stats, batch):
-        return jax.jacrev(lambda p: problem(batch_stats, batch).losses(p)[0])(params)
+    def jacrev(state, batch):
+        problem, _ = step_problem(run, state, batch)
+        return jax.jacrev(lambda p: problem.losses(p)[0])(state.params)
 
     return {"summed": summed, "prefix": prefix, "jacrev": jacrev}
 
@@ -132,9 +121,8 @@ def _per_exit(run: Run, state: Any, batch: Any, repeats: int):
     """FLOPs and seconds by function; the functions take turns."""
     flops, calls = {}, {}
     for name, function in exit_gradient_functions(run).items():
-        arguments = (state.params, state.batch_stats, batch)
-        program, cost = compiled.compiled_cost(compiler.jit(function), *arguments)
-        flops[name], calls[name] = cost.flops, _waiting(program, *arguments)
+        program, cost = compiled.compiled_cost(jit(run, function), state, batch)
+        flops[name], calls[name] = cost.flops, timing.repeating(program, state, batch)
     times = timing.time_pairs({"": calls}, "summed", repeats)[""]
     return flops, {name: samples.median for name, samples in times.items()}
 
@@ -142,10 +130,8 @@ def _per_exit(run: Run, state: Any, batch: Any, repeats: int):
 def _evaluation(run: Run, state: Any, batch: Any, repeats: int) -> float:
     count = batch_counter(run.network, placement.replicated(run.mesh))
     labels = batch["label"] if batch["label"].ndim == 1 else jnp.argmax(batch["label"], -1)
-    masked = {"image": batch["image"], "label": labels, "mask": jnp.ones_like(labels, bool)}
-    call = _waiting(count, state.variables, masked)
-    times = timing.time_pairs({"": {"evaluation": call}}, "evaluation", repeats)
-    return times[""]["evaluation"].median
+    masked = {**batch, "label": labels, "mask": jnp.ones_like(labels, bool)}
+    return timing.median(timing.repeating(count, state.variables, masked), repeats)
 
 
 def _compilation(step: Any, state: Any, batch: Any) -> tuple[compiled.Cost, float]:
@@ -155,9 +141,7 @@ def _compilation(step: Any, state: Any, batch: Any) -> tuple[compiled.Cost, floa
         for _ in range(2):  # the first writes what the second reads
             jax.clear_caches()
             lowered = step.lower(state, batch)
-            began = time.perf_counter()
-            lowered.compile()
-            seconds = time.perf_counter() - began
+            _, seconds = timing.timed(lowered.compile)
     return cost, seconds
 
 
@@ -173,37 +157,26 @@ def _reporting(run: Run, step: Any, state: Any, batch: Any, repeats: int) -> tup
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # the lines of progress
         writer = stack.enter_context(metrics.MetricWriter(directory, start_step=0))
         reporter = progress.Reporter(run, writer, 0)
-        for number in range(_WARMUP + repeats):
-            began = time.perf_counter()
-            state, measured = step(state, batch)
-            jax.block_until_ready((state, measured))
-            done = time.perf_counter()
+        for number in range(timing.WARMUP + repeats):
+            (state, measured), seconds = timing.timed(lambda state=state: step(state, batch))
             reported = 2 * every * (number + 1)  # a step that gets a line; the one after does not
             with_line = _seconds_to_report(reporter, reported, measured)
             without = _seconds_to_report(reporter, reported + 1, measured)
-            if number >= _WARMUP:
-                steps.append(done - began)
+            if number >= timing.WARMUP:
+                steps.append(seconds)
                 reports.append((with_line + (every - 1) * without) / every)
     return float(np.median(steps)), float(np.median(reports))
 
 
-def _seconds_to_report(reporter: progress.Reporter, step: int, measured: Any) -> float:
+def _seconds_to_report(reporter: progress.Reporter, step: int, measured: Measurements) -> float:
     measured = jax.tree.map(jnp.copy, measured)  # JAX keeps the host's copy of what was fetched
     jax.block_until_ready(measured)
-    began = time.perf_counter()
-    reporter.step_done(step, measured, 0.0)
-    reporter.settle()
-    return time.perf_counter() - began
 
+    def report():
+        reporter.step_done(step, measured, 0.0)
+        reporter.settle()
 
-def _waiting(function: Callable[..., Any], *arguments: Any) -> Callable[[], int]:
-    """A call for `step_cost.time_pairs`."""
-
-    def call() -> int:
-        jax.block_until_ready(function(*arguments))
-        return 1
-
-    return call
+    return timing.timed(report)[1]
 
 
 def _ms(seconds: float) -> str:

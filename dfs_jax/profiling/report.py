@@ -3,9 +3,6 @@
 What the numbers are is said in `step_cost.py`.
 """
 
-import csv
-import io
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,34 +15,43 @@ import jax
 from dfs_jax.evaluation import plots
 from dfs_jax.profiling.step_cost import BASELINE, PHASES, StepCost
 from dfs_jax.profiling.timing import Spread
-
-SUFFIXES = (".json", ".csv", ".md", ".png")
+from dfs_jax.training.run import Run
+from dfs_jax.writing.files import json_text, write_whole
+from dfs_jax.writing.tables import csv_table, markdown_table
 
 _PACKAGES = ("dfs_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def stem(out: Path) -> Path:
-    """`out` without its suffix, if that is one of the files' own."""
-    return out.with_suffix("") if out.suffix in SUFFIXES else out
-
-
 def write(out: Path, heading: Mapping[str, Any], costs: Sequence[StepCost]) -> list[Path]:
-    """Write STEM.json, STEM.csv, STEM.md and STEM.png, each renamed into place; their paths."""
-    base = stem(out)
-    files = {
-        ".json": (json.dumps(as_json(heading, costs), indent=2) + "\n").encode(),
-        ".csv": _csv(costs).encode(),
-        ".md": markdown(heading, costs).encode(),
+    """Write OUT.json, OUT.csv, OUT.md and OUT.png, each whole or not at all; their paths.
+
+    If one of these suffixes is on `out` already, it is dropped first.
+    """
+    files: dict[str, str | bytes] = {
+        ".json": json_text(as_json(heading, costs), indent=2),
+        ".csv": csv_table(_csv_rows(costs)),
+        ".md": markdown(heading, costs),
         ".png": _chart(heading, costs),
     }
-    paths = []
-    for suffix, content in files.items():
-        path = base.with_name(base.name + suffix)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-        paths.append(path)
+    base = out.with_suffix("") if out.suffix in files else out
+    paths = [base.with_name(base.name + suffix) for suffix in files]
+    for path, content in zip(paths, files.values(), strict=True):
+        write_whole(path, content)
     return paths
+
+
+def heading(spec: str, overrides: Sequence[str], run: Run) -> dict[str, Any]:
+    """What figures of `run` are figures of; `spec` and `overrides` are its command line's."""
+    return {
+        "config": spec,
+        "overrides": list(overrides),
+        "network": run.config.model.name,
+        "image_shape": list(run.data.spec.inputs["image"].shape),
+        "num_classes": run.data.spec.num_classes,
+        "precision": run.config.train.precision,
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -64,9 +70,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the packages that compute."""
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in _PACKAGES
-    }
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def as_json(heading: Mapping[str, Any], costs: Sequence[StepCost]) -> dict[str, Any]:
@@ -118,8 +123,7 @@ def _against(cost: StepCost, baseline: StepCost, phase: str) -> dict[str, Any]:
 
 def _baseline(cost: StepCost, costs: Sequence[StepCost]) -> StepCost:
     """The baseline at the batch size of `cost`."""
-    here = (c for c in costs if c.batch_size == cost.batch_size)
-    return next(c for c in here if c.method == BASELINE)
+    return next(c for c in costs if (c.method, c.batch_size) == (BASELINE, cost.batch_size))
 
 
 def _gain(cost: StepCost) -> float:
@@ -127,19 +131,16 @@ def _gain(cost: StepCost) -> float:
     return 1 / Spread.of(cost.times["step"].ratios).median - 1
 
 
-# Tables.
-
-
 def markdown(heading: Mapping[str, Any], costs: Sequence[StepCost]) -> str:
     """Two tables: what each method costs, and what it saves against the baseline."""
     lines = [f"# Cost of a training step: {heading['network']}", "", _setting(heading), ""]
-    lines += _table([_cost_row(cost) for cost in costs])
+    lines.append(_table([_cost_row(cost) for cost in costs]))
     against = [_saving_row(c, _baseline(c, costs)) for c in costs if c.method != BASELINE]
     if against:
         lines += ["", f"Against {BASELINE}, pair by pair: median [quartiles].", ""]
-        lines += _table(against)
-    lines += ["", *_notes(costs)]
-    return "\n".join(lines) + "\n"
+        lines.append(_table(against))
+    lines += ["", _notes(costs), ""]
+    return "\n".join(lines)
 
 
 def _setting(heading: Mapping[str, Any]) -> str:
@@ -188,7 +189,7 @@ def _saving_row(cost: StepCost, baseline: StepCost) -> dict[str, str]:
     }
 
 
-def _notes(costs: Sequence[StepCost]) -> list[str]:
+def _notes(costs: Sequence[StepCost]) -> str:
     lines = [
         "Backward is forward+backward less forward, other the step less forward+backward (the "
         "optimizer, and what is measured). FLOPs, bytes and memory are the compiler's, of one "
@@ -205,23 +206,14 @@ def _notes(costs: Sequence[StepCost]) -> list[str]:
             f"the step of {BASELINE}, and {1e3 * cost.input_gradients.dead_seconds:.1f} ms of it "
             f"are for dead channels; those of the live channels alone take {1e3 * live:.1f} ms."
         )
-    return [text for line in lines for text in (line, "")][:-1]
+    return "\n\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    rule[0] = "-" * widths[0]
-
-    def line(row):
-        first, *rest = zip(row, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)])} |"
-
-    return [line(cells[0]), line(rule), *map(line, cells[1:])]
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown_table([list(row.values()) for row in rows], list(rows[0]), aligned=True)
 
 
-def _csv(costs: Sequence[StepCost]) -> str:
+def _csv_rows(costs: Sequence[StepCost]) -> list[dict[str, Any]]:
     """One line a method and batch size, with the medians; SI units."""
     rows = []
     for cost in costs:
@@ -238,11 +230,7 @@ def _csv(costs: Sequence[StepCost]) -> str:
         row["bound_gain"] = bound.get("gain")
         row["input_gradient_seconds"] = bound.get("input_gradient_seconds")
         rows.append(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return rows
 
 
 def _chart(heading: Mapping[str, Any], costs: Sequence[StepCost]) -> bytes:

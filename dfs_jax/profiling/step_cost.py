@@ -1,20 +1,19 @@
 """What one training step costs, by method: compile time, FLOPs, memory, and seconds.
 
-Three programs a method, all compiled from the pieces that training runs, on random images:
+Three programs a method, all made of the functions of `training/step.py`, on random images:
 
     forward           the losses of all exits, one pass in training mode
     forward_backward  what the gradient method makes of them (several passes for some methods)
     step              the training loop's own step: that, the optimizer, and what is measured
 
 Every method is timed against a baseline in the same process, in turn (A B A B …), so that
-whatever else the machine does meets both alike. Files and tables are made in
-`benchmark_report.py`, the command is `benchmark.py`.
+whatever else the machine does meets both alike. Files and tables are made in `report.py`, the
+command is `benchmark.py`.
 """
 
 import dataclasses
 import hashlib
 import logging
-import time
 from collections.abc import Mapping
 
 import jax
@@ -24,27 +23,19 @@ import numpy as np
 
 from dfs_jax import config as configuration
 from dfs_jax.distributed import placement
-from dfs_jax.gradients import Problem
 from dfs_jax.models.cost import minimal_training_multiply_adds
-from dfs_jax.ops import compiler
 from dfs_jax.profiling import input_gradients
 from dfs_jax.profiling.compiled import Cost, Program, compiled_cost
 from dfs_jax.profiling.input_gradients import InputGradients
-from dfs_jax.profiling.timing import Clock, Samples, time_pairs
+from dfs_jax.profiling.timing import Samples, time_pairs
 from dfs_jax.training.run import Run
 from dfs_jax.training.state import initial_state
-from dfs_jax.training.step import make_train_step
+from dfs_jax.training.step import apply_method, jit, make_train_step, step_problem
 
 PHASES = ("forward", "forward_backward", "step")
-
-
 BASELINE = "joint"
 
-
 log = logging.getLogger(__name__)
-
-
-_WARMUP = 2  # calls that are not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,30 +89,22 @@ def programs(run: Run, calls: int) -> dict[str, Program]:
     calls = -(-calls // run.method.cycle) * run.method.cycle
     batch = next(run.data.train.batches(0, placement.batch(run.mesh)))
     state = initial_state(run)
-    weights = jax.tree.map(jnp.copy, (state.params, state.batch_stats, state.step))
+    # The step takes the arrays of its state for itself; the others look at these.
+    fixed = state.replace(opt_state=None, method_state=None, ema=None)
+    fixed, method_state = jax.tree.map(jnp.copy, (fixed, state.method_state))
 
-    def problem(weights, batch):
-        params, batch_stats, step = weights
-        rng = jax.random.fold_in(jax.random.key(run.config.seed), step)
-        dropout_rng, method_rng = jax.random.split(rng)
-        own = Problem(run.network, run.objective, batch, batch_stats, dropout_rng)
-        return own, params, method_rng
+    def forward(carry, fixed, batch):
+        problem, _ = step_problem(run, fixed, batch)
+        return carry, problem.losses(fixed.params)
 
-    def forward(carry, weights, batch):
-        own, params, _ = problem(weights, batch)
-        return carry, own.losses(params)
+    def forward_backward(method_state, fixed, batch):
+        after, passes = apply_method(run, fixed.replace(method_state=method_state), batch)
+        return after.method_state, (passes, after.batch_stats)
 
-    def forward_backward(method_state, weights, batch):
-        own, params, rng = problem(weights, batch)
-        result, aux, method_state = run.method.apply(own, params, method_state, rng)
-        return method_state, (result, aux)
-
-    method_state = jax.tree.map(jnp.copy, state.method_state)
-    step = make_train_step(run)
     prepared = {
-        "forward": (compiler.jit(forward), (), (weights, batch)),
-        "forward_backward": (compiler.jit(forward_backward), method_state, (weights, batch)),
-        "step": (step, state, (batch,)),
+        "forward": (jit(run, forward), (), (fixed, batch)),
+        "forward_backward": (jit(run, forward_backward), method_state, (fixed, batch)),
+        "step": (make_train_step(run), state, (batch,)),
     }
     result = {}
     for phase, (function, carry, arguments) in prepared.items():
@@ -130,15 +113,13 @@ def programs(run: Run, calls: int) -> dict[str, Program]:
     return result
 
 
-def measure(
-    runs: Mapping[str, Run], pairs: int, calls: int = 1, clock: Clock = time.perf_counter
-) -> list[StepCost]:
+def measure(runs: Mapping[str, Run], pairs: int, calls: int = 1) -> list[StepCost]:
     """The cost of every method of `runs`, all at one batch size, `BASELINE` among them."""
     compiled = {method: programs(run, calls) for method, run in runs.items()}
     groups = {phase: {m: own[phase] for m, own in compiled.items()} for phase in PHASES}
-    times = time_pairs(groups, BASELINE, pairs, clock)
+    times = time_pairs(groups, BASELINE, pairs)
     for method, own in compiled.items():
-        if not own["step"].result["finite"]:
+        if not own["step"].result.finite:
             log.warning(
                 "%s diverged on the random images; a method that solves a problem in every step "
                 "may take another time for it. A smaller optimizer.learning_rate cures that",
@@ -152,7 +133,7 @@ def measure(
             costs={phase: program.cost for phase, program in compiled[method].items()},
             times={phase: times[phase][method] for phase in PHASES},
             least_flops=_least(run, runs[BASELINE]),
-            input_gradients=_input_gradients(run, pairs, calls, clock),
+            input_gradients=_input_gradients(run, pairs, calls),
         )
         for method, run in runs.items()
     ]
@@ -166,14 +147,14 @@ def _least(run: Run, baseline: Run) -> float | None:
     if run.config.gradients.name != "joint":
         return None
     least, whole = (
-        minimal_training_multiply_adds(r.network, r.data.spec.image_shape) for r in (run, baseline)
+        minimal_training_multiply_adds(r.network, r.data.spec.batch(1)) for r in (run, baseline)
     )
     return least / whole
 
 
-def _input_gradients(run: Run, samples: int, calls: int, clock: Clock) -> InputGradients | None:
+def _input_gradients(run: Run, samples: int, calls: int) -> InputGradients | None:
     if run.config.gradients.name != "joint" or not run.network.surgery.partition:
         return None
     per_device = run.config.train.batch_size // run.mesh.size
-    shape = (per_device, *run.data.spec.image_shape)
-    return input_gradients.measure(run.network, shape, samples, calls, clock)
+    shape = run.data.spec.batch(per_device).shape
+    return input_gradients.measure(run.network, shape, samples, calls)

@@ -1,14 +1,34 @@
-"""Seconds of calls that take turns, so that whatever else the machine does meets all alike."""
+"""Seconds of calls, alone and in turns, and how they are summed up; what is timed is elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-_WARMUP = 2  # calls that are not counted
+WARMUP = 2  # calls that are not counted: they compile, open files, fill what is read ahead
 
 Clock = Callable[[], float]
+
+
+def timed(call: Callable[[], Any], clock: Clock = time.perf_counter) -> tuple[Any, float]:
+    """What `call` returned, and the seconds until its arrays were there."""
+    began = clock()
+    result = jax.block_until_ready(call())
+    return result, clock() - began
+
+
+def repeating(function: Callable[..., Any], *arguments: Any, calls: int = 1) -> Callable[[], int]:
+    """A call for `time_pairs`: `function` of `arguments`, so many times in a row, to its end."""
+
+    def call() -> int:
+        for _ in range(calls):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        return calls
+
+    return call
 
 
 class Samples(NamedTuple):
@@ -42,7 +62,11 @@ class Spread(NamedTuple):
         return cls(*map(float, np.quantile(values, (0.25, 0.5, 0.75))))
 
 
-# Time.
+def median(call: Callable[[], int], samples: int, clock: Clock = time.perf_counter) -> float:
+    """The median of so many times of `call`, as `time_pairs` takes it."""
+    return time_pairs({"": {"": call}}, "", samples, clock)[""][""].median
+
+
 def time_pairs(
     groups: Mapping[str, Mapping[str, Callable[[], int]]],
     baseline: str,
@@ -52,14 +76,14 @@ def time_pairs(
     """Seconds of every call of every group, each paired with the `baseline` just before it.
 
     A call runs to its end and returns how often it did its work. A round takes one group after
-    the other, so that they meet the same machine; in a group every call in turn, with the
-    baseline again before each: A B A C.
+    the other, so that whatever else the machine does meets all alike; in a group every call in
+    turn, with the baseline again before each: A B A C.
     """
     own = {group: {name: [] for name in calls} for group, calls in groups.items()}
     before = {group: {name: [] for name in calls} for group, calls in groups.items()}
     for calls in groups.values():
         for call in calls.values():
-            for _ in range(_WARMUP):
+            for _ in range(WARMUP):
                 call()
     for _ in range(pairs):
         for group, calls in groups.items():
@@ -79,6 +103,5 @@ def time_pairs(
 
 
 def _seconds(call: Callable[[], int], clock: Clock) -> float:
-    began = clock()
-    count = call()
-    return (clock() - began) / count
+    count, seconds = timed(call, clock)
+    return seconds / count

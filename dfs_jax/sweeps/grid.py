@@ -1,5 +1,6 @@
 """A grid: every combination of some choices on one configuration, and the run of each."""
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -69,9 +70,8 @@ def cells(grid: Grid, directory: Path) -> list[Cell]:
         fields = [item for item in overrides if not item.startswith("preset=")]
         base = f"{directory / grid.base}:{','.join(words)}"
         result.append(Cell(chosen, configuration.load(base, fields)))
-    names = [cell.name for cell in result]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in collections.Counter(cell.name for cell in result).items():
+        if count > 1:
             raise ConfigError(f"two runs of the grid have the same labels: {name}")
     return result
 

@@ -8,13 +8,11 @@
     conflict.png  angles between the exits' gradients, where training has measured them
     report.html   the table and the pictures in one file that needs nothing else
 
-Which runs there are is the business of `ablate.py`.
+Which runs there are is the business of `runs.py`.
 """
 
 import base64
-import csv
 import html
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,8 @@ from etils import epath
 
 from dfs_jax.evaluation import conflict, plots
 from dfs_jax.evaluation.conflict import History
+from dfs_jax.writing.files import write_whole
+from dfs_jax.writing.tables import csv_table, markdown_table
 
 SEEDS = "seeds"  # the axis over which results are averaged
 _PICTURED = 12  # configurations whose conflict is drawn; more make no readable picture
@@ -43,7 +43,7 @@ class Summary(NamedTuple):
     """One configuration: its accuracies (seeds, N + 1), all exits and then the ensemble."""
 
     labels: Mapping[str, str]  # by axis, without the seeds
-    top1: Mapping[str, np.ndarray]  # (N + 1,) by seed
+    top1: dict[str, np.ndarray]  # (N + 1,) by seed
     costs: tuple[float, ...]  # (N,)
 
 
@@ -55,28 +55,26 @@ class Difference(NamedTuple):
 
 
 def write(directory: epath.Path, rows: Sequence[Row], baseline: Mapping[str, str]) -> None:
-    """Write every file of the report into `directory`, each renamed into place."""
+    """Write every file of the report into `directory`, each whole or not at all."""
     curves = plots.accuracy_against_cost(
-        [
-            (_title(s.labels), s.costs, np.mean(list(s.top1.values()), axis=0)[:-1])
-            for s in summaries(rows)
-        ]
+        [(_title(s.labels), s.costs, _mean(s)[:-1]) for s in summaries(rows)]
     )
-    table = markdown(rows, baseline)
-    conflict = _conflict(rows)
-    files = {
-        "results.csv": _csv(rows, lambda row: _columns(row.scores)).encode(),
-        "timings.csv": _csv(rows, lambda row: {"seconds": row.seconds}).encode(),
-        "report.md": (table + "\n").encode(),
+    angles = _conflict(rows)
+    results = [
+        {**row.labels, **{k: v for k, v in row.scores.items() if not k.endswith("/loss")}}
+        for row in rows
+    ]
+    files: dict[str, str | bytes] = {
+        "results.csv": csv_table(results),
+        "timings.csv": csv_table([{**row.labels, "seconds": row.seconds} for row in rows]),
+        "report.md": markdown(rows, baseline) + "\n",
         "curves.png": curves,
-        "report.html": _page(rows, baseline, curves, conflict).encode(),
+        "report.html": _page(rows, baseline, curves, angles),
     }
-    if conflict is not None:
-        files["conflict.png"] = conflict
+    if angles is not None:
+        files["conflict.png"] = angles
     for name, content in files.items():
-        unfinished = directory / f"{name}.tmp"
-        unfinished.write_bytes(content)
-        unfinished.replace(directory / name)
+        write_whole(directory / name, content)
 
 
 def _conflict(rows: Sequence[Row]) -> bytes | None:
@@ -84,8 +82,7 @@ def _conflict(rows: Sequence[Row]) -> bytes | None:
     measured: dict[str, History] = {}
     for row in rows:
         if row.conflict is not None:
-            title = _title({axis: x for axis, x in row.labels.items() if axis != SEEDS})
-            measured.setdefault(title, row.conflict)
+            measured.setdefault(_title(_without_seed(row)), row.conflict)
     if not measured:
         return None
     return conflict.picture(dict(itertools.islice(measured.items(), _PICTURED)))
@@ -93,18 +90,17 @@ def _conflict(rows: Sequence[Row]) -> bytes | None:
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
     """The runs grouped by configuration, in the order of their first run."""
-    groups: dict[tuple, list[Row]] = {}
+    found: dict[tuple, Summary] = {}
     for row in rows:
-        key = tuple((axis, label) for axis, label in row.labels.items() if axis != SEEDS)
-        groups.setdefault(key, []).append(row)
-    return [
-        Summary(
-            dict(key),
-            {row.labels.get(SEEDS, "0"): _accuracies(row.scores) for row in group},
-            _costs(group[0].scores),
-        )
-        for key, group in groups.items()
-    ]
+        labels = _without_seed(row)
+        summary = Summary(labels, {}, _costs(row.scores))
+        top1 = found.setdefault(tuple(labels.items()), summary).top1
+        top1[row.labels.get(SEEDS, "0")] = _accuracies(row.scores)
+    return list(found.values())
+
+
+def _without_seed(row: Row) -> dict[str, str]:
+    return {axis: label for axis, label in row.labels.items() if axis != SEEDS}
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Difference | None:
@@ -126,19 +122,20 @@ def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Differen
 def markdown(rows: Sequence[Row], baseline: Mapping[str, str]) -> str:
     """The table of all configurations as Markdown."""
     headers, body = _table(rows, baseline)
-    lines = [headers, ["---"] * len(headers)]
-    lines += [[f"**{text}**" if best else text for text, best in line] for line in body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[f"**{text}**" if best else text for text, best in line] for line in body]
+    return markdown_table(lines, headers)
 
 
-def _table(rows: Sequence[Row], baseline: Mapping[str, str]):
+def _table(
+    rows: Sequence[Row], baseline: Mapping[str, str]
+) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Headers, and lines of (text, whether it is the best of its column)."""
     groups = summaries(rows)
     exits = max(len(group.costs) for group in groups)
     axes = list(groups[0].labels)
     columns = [*(f"exit {i}" for i in range(1, exits + 1)), "ensemble"]
     headers = [*axes, "seeds", *columns, *(["Δ mean of exits", "Δ last exit"] if baseline else [])]
-    means = [_padded(np.mean(list(group.top1.values()), axis=0), exits) for group in groups]
+    means = [_padded(_mean(group), exits) for group in groups]
     best = np.nanmax(np.stack(means), axis=0)
     body = []
     for group, mean in zip(groups, means, strict=True):
@@ -164,25 +161,18 @@ def _compared(
 
     def gap(reduce):
         pair = ({s: reduce(v[:-1]) for s, v in g.top1.items()} for g in (group, reference))
-        return _signed(difference(*pair))
+        found = difference(*pair)
+        return "" if found is None else _plus_minus(found.mean, found.halfwidth, sign="+")
 
     return gap(np.mean), gap(lambda exits: exits[-1])
 
 
-def _signed(gap: Difference | None) -> str:
-    if gap is None:
-        return ""
-    if math.isnan(gap.halfwidth):
-        return f"{100 * gap.mean:+.2f}"
-    return f"{100 * gap.mean:+.2f} ± {100 * gap.halfwidth:.2f}"
-
-
-def _plus_minus(mean: float, deviation: float) -> str:
+def _plus_minus(mean: float, spread: float, sign: str = "") -> str:
+    """Both in percent; nothing in the place of a NaN."""
     if math.isnan(mean):
         return ""
-    if math.isnan(deviation):
-        return f"{100 * mean:.2f}"
-    return f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+    text = f"{100 * mean:{sign}.2f}"
+    return text if math.isnan(spread) else f"{text} ± {100 * spread:.2f}"
 
 
 def _deviation(values: np.ndarray) -> np.ndarray:
@@ -211,18 +201,8 @@ def _costs(scores: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(costs)
 
 
-def _columns(scores: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in scores.items() if not name.endswith("/loss")}
-
-
-def _csv(rows: Sequence[Row], values) -> str:
-    text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in (*row.labels, *values(row)))
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**row.labels, **values(row)})
-    return text.getvalue()
+def _mean(summary: Summary) -> np.ndarray:
+    return np.mean(list(summary.top1.values()), axis=0)
 
 
 def _title(labels: Mapping[str, str]) -> str:
@@ -251,13 +231,11 @@ column in bold.{compared}</p>
 {pictures}
 </body></html>
 """
-
-
 _PICTURE = '<img alt="{}" src="data:image/png;base64,{}">'
 
 
 def _page(
-    rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes, conflict: bytes | None
+    rows: Sequence[Row], baseline: Mapping[str, str], curves: bytes, angles: bytes | None
 ) -> str:
     headers, body = _table(rows, baseline)
     compared = ""
@@ -268,8 +246,8 @@ def _page(
             "the mean over exits, and of the last exit."
         )
     pictures = {"Accuracy of every configuration against its cost": curves}
-    if conflict is not None:
-        pictures["Cosine between the gradients of the exits' losses"] = conflict
+    if angles is not None:
+        pictures["Cosine between the gradients of the exits' losses"] = angles
     lines = []
     for line in body:
         columns = (

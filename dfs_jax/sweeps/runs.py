@@ -17,9 +17,9 @@ from dfs_jax.sweeps import report
 from dfs_jax.sweeps.grid import Cell, Grid
 from dfs_jax.training import loop, metrics
 from dfs_jax.training.save_policy import Preempted
+from dfs_jax.writing.files import write_whole
 
 log = logging.getLogger(__name__)
-
 
 _SECONDS = "seconds.txt"  # of a run: how long the process that finished it took
 
@@ -30,11 +30,12 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
     Returns whether every run of the shard succeeded.
     """
     directory = epath.Path(workdir)
+    places = {cell.name: directory / "runs" / cell.name for cell in runs}
     mine = runs[shard[0] - 1 :: shard[1]]
     failed: dict[str, str] = {}
     began, trained = time.monotonic(), 0
     for number, cell in enumerate(mine, 1):
-        place = directory / "runs" / cell.name
+        place = places[cell.name]
         if scores(place) is not None:
             log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
             continue
@@ -51,15 +52,14 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         else:
             trained += 1
             seconds = time.monotonic() - since
-            (place / _SECONDS).write_text(f"{seconds:.1f}\n")
+            write_whole(place / _SECONDS, f"{seconds:.1f}\n")
             left = (time.monotonic() - began) / number * (len(mine) - number)
             log.info("%s took %.0f s; about %.0f min to go", cell.name, seconds, left / 60)
         jax.clear_caches()  # the next run compiles programs of its own
     rows = []
     for cell in runs:
-        place = directory / "runs" / cell.name
-        result = scores(place)
-        if result is not None:
+        place = places[cell.name]
+        if (result := scores(place)) is not None:
             history = conflict.of_workdir(place)
             rows.append(report.Row(cell.labels, result, _seconds(place), history))
     if rows:

@@ -66,19 +66,13 @@ class Checkpointer(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self,
-        directory: epath.PathLike,
-        *,
-        best_metric: str | None,
-        read_only: bool = False,
+        self, directory: epath.PathLike, *, best_metric: str | None, read_only: bool = False
     ):
-        """Opens `directory`, which is created if need be.
+        """Opens `directory`, the folder `checkpoints` of a workdir, which is created if need be.
 
-        Args:
-          directory: the folder `checkpoints` of a workdir.
-          best_metric: name of the entry of `metrics` whose highest value makes a checkpoint the
-            best one; None keeps the newest two only.
-          read_only: never write, move or delete anything (for commands that read a run).
+        `best_metric` names the entry of `metrics` whose highest value makes a checkpoint the best
+        one; None keeps the newest two only. With `read_only` (for commands that read a run) nothing
+        is written, moved or deleted.
         """
         self.directory = epath.Path(directory).absolute()
         self._best_metric = best_metric
@@ -136,9 +130,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         if self._read_only or (latest is not None and step <= latest):
             return False
         record = dict(meta) | {"digest": digest(state)}
-        score = self._score(metrics)
-        if score is not None:
-            self._scores[step] = score  # before the save, which asks what to keep
+        self.scored(step, metrics)  # before the save, which asks what to keep
         known = {*self.all_steps(), step} & self._scores.keys()
         record["scores"] = {self._best_metric: {s: self._scores[s] for s in sorted(known)}}
         record = json.loads(json.dumps(record))
@@ -152,9 +144,17 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def scored(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step that was saved without them; the next save records them."""
-        score = self._score(metrics)
-        if score is not None:
-            self._scores[step] = score
+        value = metrics.get(self._best_metric)
+        if value is not None and math.isfinite(value):
+            self._scores[step] = float(value)
+        missing = self._best_metric is not None and metrics and value is None
+        if missing and not self._told_about_missing_metric:
+            self._told_about_missing_metric = True
+            _log.warning(
+                "The metrics of this checkpoint lack %r, which selects the best one; they are: %s.",
+                self._best_metric,
+                ", ".join(metrics),
+            )
 
     @jax.transfer_guard("allow")
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
@@ -296,22 +296,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             f"the checkpoint of step {step} could not be written: {reason}"
         ) from failure
 
-    def _score(self, metrics: Mapping[str, float]) -> float | None:
-        if self._best_metric is None:
-            return None
-        value = metrics.get(self._best_metric)
-        if value is None:
-            if metrics and not self._told_about_missing_metric:
-                self._told_about_missing_metric = True
-                _log.warning(
-                    "The metrics of this checkpoint lack %r, which selects the best one; they "
-                    "are: %s.",
-                    self._best_metric,
-                    ", ".join(metrics),
-                )
-            return None
-        return float(value) if math.isfinite(value) else None
-
     def _load_scores(self) -> None:
         if self._best_metric is None:
             return
@@ -381,7 +365,6 @@ class _KeepBest(preservation_policy.PreservationPolicy):
         self._checkpointer = checkpointer
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        del context
         scores = self._checkpointer._scores
         scored = [(scores[c.step], c.step) for c in checkpoints if c.step in scores]
         best = max(scored)[1] if scored else None
@@ -446,12 +429,10 @@ def _attempt(read: Any) -> Any:
     try:
         result = read()
     except Exception as error:  # Orbax and TensorStore raise a dozen types for damaged files
-        failure = _Damaged(_one_line(error))
-        failure.__cause__ = error
-    if not _all_agree(failure is None) and failure is None:
-        failure = _Damaged("another process could not read it")
-    if failure is not None:
-        raise failure
+        failure = error
+    if not _all_agree(failure is None):
+        reason = _one_line(failure) if failure else "another process could not read it"
+        raise _Damaged(reason) from failure
     return result
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from dfs_jax.data.pipeline import EvalSource
-from dfs_jax.models import MultiExit
+from dfs_jax.models import MultiExit, inputs
 
 Variables = Any  # {"params": …, "batch_stats": …}
 
@@ -37,7 +37,7 @@ def batch_counter(
     """The compiled function (variables, batch) -> counts of one masked batch."""
 
     def count(variables, batch):
-        outputs = network.apply(variables, batch["image"], train=False)
+        outputs = network.apply(variables, inputs.of_batch(batch), train=False)
         return count_batch(outputs.logits, batch["label"], batch["mask"])
 
     return jax.jit(count, out_shardings=everywhere)

@@ -5,8 +5,8 @@
 A run killed at any moment and started again with the same command ends with the same
 parameters: the state is a function of the step, batches are a pure function of the step, and
 whatever was logged beyond the restored checkpoint is removed. What one update does is in
-`make_train_step`; methods, objectives, networks and data come from their own packages, and a
-new one never needs a change here.
+`step.py`; methods, objectives, networks and data come from their own packages, and a new one
+never needs a change here.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import ml_collections
 from etils import epath
 
 from dfs_jax.config import ConfigError
+from dfs_jax.data.pipeline import EvalSource
 from dfs_jax.distributed import placement, processes
 from dfs_jax.models.cost import exit_costs
 from dfs_jax.training import checkpoint, metrics, progress
@@ -54,7 +55,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         with metrics.MetricWriter(directory, start_step=start) as writer:
             if start < run.total_steps:
                 progress.describe(run, state.params, start, directory)
-                with contextlib.closing(Saves(config, saver, _every(run, "checkpoint"))) as saves:
+                saves = Saves(config, saver, _every(run, "checkpoint"), start)
+                with contextlib.closing(saves):
                     state = _loop(run, state, start, directory, saves, writer, held_out)
             final = _test(run, state, writer)
     if jax.process_index() == 0:
@@ -62,51 +64,65 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     return final
 
 
-def _loop(run: Run, state: TrainState, start: int, directory, saves, writer, held_out):
-    """Steps `start`+1 … total, with evaluation and checkpoints on their way."""
-    eval_every = _every(run, "eval")
-    by_batch, everywhere = placement.batch(run.mesh), placement.replicated(run.mesh)
+def _loop(
+    run: Run,
+    state: TrainState,
+    start: int,
+    directory: epath.Path,
+    saves: Saves,
+    writer: metrics.MetricWriter,
+    held_out: EvalSource,
+) -> TrainState:
+    """Steps `start`+1 … total, with evaluations and checkpoints on their way; the last state."""
+    by_batch = placement.batch(run.mesh)
     train_step, probe = make_train_step(run), make_conflict_probe(run)
-    probe_every = run.config.train.conflict_every
-    count = batch_counter(run.network, everywhere)
+    count = batch_counter(run.network, placement.replicated(run.mesh))
     reporter = progress.Reporter(run, writer, start)
     profile = progress.Profile(run, directory)
+    eval_every, probe_every = _every(run, "eval"), run.config.train.conflict_every
 
-    # Told to end at a step that was to be evaluated, a run saved it without.
-    owed = processes.agreed(start > 0 and not metrics.has(directory, start, "eval/mean/top1"))
+    def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        with reporter.paused():
+            counts = count_split(count, state.variables, held_out, by_batch)
+            scores = summarise(counts, "eval")
+            reporter.evaluated(step, scores)
+        return scores
+
+    if _owes_scores(start, eval_every, directory):
+        saves.scored(start, evaluate(start, state))
     batches = run.data.train.batches(start, by_batch)
-    for step in range(start, run.total_steps + 1):
+    for step in range(start, run.total_steps):  # so many updates are done
         profile.after(step, reporter)
-        last = step == run.total_steps
-        preempted = not last and saves.preempted(step)
-        scores: dict[str, float] = {}
-        new = step > start
-        if (new or owed) and (last or step % eval_every == 0) and not preempted:
+        if saves.preempted(step):
             with reporter.paused():
-                counts = count_split(count, state.variables, held_out, by_batch)
-                scores = summarise(counts, "eval")
-                reporter.evaluated(step, scores)
-            if not new:
-                saves.scored(step, scores)
-        if new and (last or preempted):
-            with reporter.paused():
-                saves.finish(step, state, scores)
-        elif new and saves.due(step):
+                saves.finish(step, state, {})
+            raise Preempted(f"told to end: step {step} is saved; the same command goes on from it")
+        evaluates = step > start and step % eval_every == 0
+        scores = evaluate(step, state) if evaluates else {}
+        if saves.due(step):
             with reporter.paused():  # settles first: only a finite state is saved
                 saves.save(step, state, scores)
-        if preempted:
-            raise Preempted(f"told to end: step {step} is saved; the same command goes on from it")
-        if last:
-            break
         with jax.transfer_guard("disallow"):  # a hidden host transfer would stall every step
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            due = probe_every and (step + 1) % probe_every == 0
-            seen = probe(state, batch) if due else {}
+            probes = probe_every and (step + 1) % probe_every == 0
+            seen = probe(state, batch) if probes else {}
             state, measured = train_step(state, batch)
         reporter.step_done(step + 1, measured, waited, seen)
+
+    profile.after(run.total_steps, reporter)
+    scores = evaluate(run.total_steps, state)
+    with reporter.paused():
+        saves.finish(run.total_steps, state, scores)
     return state
+
+
+def _owes_scores(start: int, eval_every: int, directory: epath.Path) -> bool:
+    """Whether a run that was told to end at `start` saved that step without evaluating it."""
+    if not start or start % eval_every:
+        return False
+    return processes.agreed(not metrics.has(directory, start, "eval/mean/top1"))
 
 
 def _every(run: Run, what: str) -> int:
@@ -114,8 +130,6 @@ def _every(run: Run, what: str) -> int:
     return run.config.train[f"{what}_every"] or max(1, round(run.steps_per_epoch))
 
 
-# Where the first state comes from: the workdir's newest checkpoint, else the weights of
-# train.init_from, else fresh weights.
 def _refuse_longer_run(run: Run, workdir: str) -> None:
     """Raise ConfigError, changing nothing, for a workdir that is past the end of `run`."""
     reached = checkpoint.newest_step(epath.Path(workdir) / "checkpoints") or 0
@@ -126,12 +140,12 @@ def _refuse_longer_run(run: Run, workdir: str) -> None:
         )
 
 
-# The end: the test split, read once with the final weights.
 def _test(run: Run, state: TrainState, writer: metrics.MetricWriter) -> dict[str, float]:
+    """Scores and costs on the test split, which is read once, with the final weights."""
     count = batch_counter(run.network, placement.replicated(run.mesh))
     counts = count_split(count, state.variables, run.data.test, placement.batch(run.mesh))
     scores = summarise(counts, "test")
-    for i, cost in enumerate(exit_costs(run.network, run.data.spec.image_shape).cumulative, 1):
+    for i, cost in enumerate(exit_costs(run.network, run.data.spec.batch(1)).cumulative, 1):
         scores[f"test/exit{i}/cost"] = cost
     writer.write(run.total_steps, scores)
     return scores

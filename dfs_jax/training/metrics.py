@@ -16,13 +16,12 @@ import jax
 import numpy as np
 from etils import epath
 
+from dfs_jax.writing.files import json_text, write_whole
+
 _log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------
-# metrics.jsonl
-# ---------------------------------------------------------------------------------------------
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Appends scalars to `<workdir>/metrics.jsonl` and to TensorBoard events beside it.
 
     A line is {"step": s, name: value, …}. A pair of step and name occurs at most once in the
@@ -52,17 +51,12 @@ class MetricWriter:
         self._written: dict[int, set[str]] = {}
         for record in kept:
             self._written.setdefault(record["step"], set()).update(record)
-        text = "".join(_line(record) for record in kept).encode()
+        text = "".join(map(json_text, kept)).encode()
         if not path.exists() or path.read_bytes() != text:
-            temporary = path.parent / f"{path.name}.tmp"
-            temporary.write_bytes(text)
-            temporary.replace(path)
+            write_whole(path, text)
         self._lines = _Appending(path, len(text))
         if tensorboard:
             self._events = _Events.create(path.parent)
-
-    def __enter__(self) -> "MetricWriter":
-        return self
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -81,7 +75,7 @@ class MetricWriter:
         if not new:
             return
         seen.update(new)
-        self._lines.append(_line({"step": step, **new}))
+        self._lines.append(json_text({"step": step, **new}))
         if self._events is not None:
             self._events.append((step, new))
 
@@ -225,15 +219,6 @@ def _parse(path: epath.Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             _log.warning("Line %d of %s is torn and is left out.", number, path)
     return records
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    clean = {name: value if _is_finite(value) else None for name, value in record.items()}
-    return json.dumps(clean, allow_nan=False) + "\n"
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _number(value: Any) -> int | float:

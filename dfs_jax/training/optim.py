@@ -105,7 +105,8 @@ def _lamb(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     """LAMB (arXiv 1904.00962, algorithm 2), for large batches: AdamW whose update of each array
     is scaled to the norm of that array. β₂ = 0.999 and ε = 1e-6 are the paper's.
     """
-    _refuse_nesterov(o)
+    if o.nesterov:
+        raise ConfigError(f"config.optimizer.nesterov = True has no meaning for {o.name}")
     return optax.lamb(schedule, b1=o.momentum, b2=0.999, eps=1e-6, weight_decay=o.weight_decay)
 
 
@@ -128,11 +129,6 @@ def _lars(o: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     )
 
 
-def _refuse_nesterov(o: ml_collections.ConfigDict) -> None:
-    if o.nesterov:
-        raise ConfigError(f"config.optimizer.nesterov = True has no meaning for {o.name}")
-
-
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
     "lamb": _lamb,
@@ -147,7 +143,6 @@ def _multistep(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
     The official code raises the rate to the sum of floor(epoch / milestone), which counts a
     milestone twice from epoch 2 · milestone on; with the published milestones the two agree.
     """
-    del total_steps, warmup
     _check_number("decay_rate", o.decay_rate, o.decay_rate > 0, "above 0")
     milestones = tuple(o.milestones)
     if any(m <= 0 for m in milestones) or any(a >= b for a, b in itertools.pairwise(milestones)):
@@ -167,7 +162,6 @@ def _multistep(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
 
 def _cosine(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
     """η · (1 + cos(π t)) / 2 with t from 0 after the warm-up to 1 at the end of the run."""
-    del steps_per_epoch
 
     def schedule(step):
         t = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
@@ -177,7 +171,6 @@ def _cosine(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
 
 
 def _constant(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
-    del steps_per_epoch, total_steps, warmup
     return lambda step: jnp.asarray(o.learning_rate, float)
 
 

@@ -15,15 +15,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from dfs_jax.config.tables import format_table
 from dfs_jax.models.cost import cost_table, exit_costs, training_flops
-from dfs_jax.training import metrics, progress
+from dfs_jax.training import metrics
 from dfs_jax.training.run import Run
+from dfs_jax.training.step import Measurements
+from dfs_jax.writing.files import write_whole
+from dfs_jax.writing.tables import format_table
 
-# ---------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------
+log = logging.getLogger(__name__)
 
+_PARAMETERS = "parameters.txt"  # of the workdir: name, shape and size of every parameter
 
 # What a progress line says of the speed, in this order.
 _SPEED = {
@@ -102,12 +103,6 @@ def _clock(seconds: float) -> str:
     return f"{hour}:{minute:02d}:{second:02d}"
 
 
-log = logging.getLogger(__name__)
-
-
-_PARAMETERS = "parameters.txt"  # of the workdir: name, shape and size of every parameter
-
-
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
@@ -123,28 +118,17 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
         return
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)
     try:
-        (directory / _PARAMETERS).write_text(overview + "\n")
+        write_whole(directory / _PARAMETERS, overview + "\n")
     except OSError as error:
         log.warning("%s cannot be written (%s)", directory / _PARAMETERS, error.strerror)
     spec = run.data.spec
-    height, width, channels = spec.image_shape
-    log.info(
-        "%s: %d training, %d validation, %d test images of %dx%dx%d, %d classes",
-        spec.name,
-        spec.train_size,
-        spec.validation_size,
-        spec.test_size,
-        height,
-        width,
-        channels,
-        spec.num_classes,
-    )
+    log.info("%s", spec)
     log.info("%s with %s", run.config.model.name, run.network.surgery)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     log.info("%s parameters, listed in %s", f"{count:,}", _PARAMETERS)
     if run.config.train.ema:
         log.info("evaluated are averaged weights (decay %s)", run.config.train.ema)
-    log.info("%s", cost_table(run.network, run.data.spec.image_shape))
+    log.info("%s", cost_table(run.network, spec.batch(1)))
     log.info(
         "steps %d to %d of %d images; the first one compiles",
         start + 1,
@@ -155,7 +139,7 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
 
 def final_table(run: Run, scores: Mapping[str, float], split: str = "test") -> str:
     """Accuracy on `split` and cost of every exit, and the ensemble of all of them."""
-    costs = exit_costs(run.network, run.data.spec.image_shape)
+    costs = exit_costs(run.network, run.data.spec.batch(1))
     rows = []
     for i in range(1, run.network.num_exits + 1):
         cost = costs.cumulative[i - 1]
@@ -170,17 +154,20 @@ class Reporter:
 
     def __init__(self, run: Run, writer: metrics.MetricWriter, start: int):
         self._run, self._writer = run, writer
-        self._progress = progress.Progress(run.total_steps, start_step=start)
-        self._pending: tuple[int, Any, Mapping[str, Any]] | None = None
+        self._progress = Progress(run.total_steps, start_step=start)
+        self._pending: tuple[int, Measurements, Mapping[str, jax.Array]] | None = None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         train = run.config.train
         self._step_flops = 0
         if train.peak_flops:
-            shape = run.data.spec.image_shape
-            self._step_flops = training_flops(run.network, shape, train.batch_size)
+            self._step_flops = training_flops(run.network, run.data.spec.batch(train.batch_size))
 
     def step_done(
-        self, step: int, measured: Any, waited: float, seen: Mapping[str, jax.Array] | None = None
+        self,
+        step: int,
+        measured: Measurements,
+        waited: float,
+        seen: Mapping[str, jax.Array] | None = None,
     ) -> None:
         """Take the device arrays of `step`, for whose batch the host waited that many seconds.
 
@@ -217,15 +204,15 @@ class Reporter:
         self._writer.write(step, scores)
         self._progress.evaluation(step, scores)
 
-    def _report(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
+    def _report(self, step: int, measured: Measurements) -> None:
         batch_size = self._run.config.train.batch_size
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        line = {"train/loss": float(measured["losses"].sum())}
-        for i, loss in enumerate(measured["losses"], 1):
+        line = {"train/loss": float(measured.losses.sum())}
+        for i, loss in enumerate(measured.losses, 1):
             line[f"train/exit{i}/loss"] = float(loss)
-        for i, correct in enumerate(measured["correct"], 1):
+        for i, correct in enumerate(measured.correct, 1):
             line[f"train/exit{i}/top1"] = float(correct) / batch_size
-        line["train/gradient_norm"] = float(measured["gradient_norm"])
+        line["train/gradient_norm"] = float(measured.gradient_norm)
         line["train/learning_rate"] = float(self._run.schedule(step - 1))
         seconds, devices = elapsed / self._steps, self._run.mesh.size
         line["train/step_seconds"] = seconds
@@ -276,17 +263,17 @@ def _device_memory() -> int | None:
     return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
-def _check_finite(step: int, measured: Mapping[str, np.ndarray]) -> None:
-    bad = [str(i) for i, loss in enumerate(measured["losses"], 1) if not np.isfinite(loss)]
+def _check_finite(step: int, measured: Measurements) -> None:
+    bad = [str(i) for i, loss in enumerate(measured.losses, 1) if not np.isfinite(loss)]
     if bad:
         raise TrainingError(
             f"step {step}: the loss of exit {', '.join(bad)} is not finite; nothing of this step "
             "was saved. A smaller optimizer.learning_rate or a warm-up is the usual cure"
         )
     for name in ("gradient_norm", "update_norm"):
-        if not np.isfinite(measured[name]):
+        if not np.isfinite(getattr(measured, name)):
             raise TrainingError(f"step {step}: {name} is not finite; nothing of it was saved")
-    if not measured["finite"]:
+    if not measured.finite:
         raise TrainingError(
             f"step {step}: the losses are finite, but a parameter or a batch statistic is not; "
             "nothing of this step was saved. Images of huge values are the usual cause"

@@ -4,20 +4,18 @@
 before data are prepared or anything is compiled.
 """
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
 from dfs_jax import data, gradients, models
-from dfs_jax.config import ConfigError
+from dfs_jax.config import ConfigError, refusals
 from dfs_jax.data import pipeline
 from dfs_jax.distributed import placement
 from dfs_jax.gradients import GradientMethod
@@ -58,10 +56,10 @@ def prepare(
     With a `workdir`, refuses one that another experiment used. A `source` takes the place of
     the configured data. Raises ConfigError.
     """
-    model = network(config, num_classes=1)
-    losses = objective(config, model.num_exits)
-    updates = method(config, model, losses)
-    _check_train(config, model.num_exits)
+    network = create_network(config, num_classes=1)
+    objective = create_objective(config, network.num_exits)
+    method = create_method(config, network, objective)
+    _check_train(config, network.num_exits)
     optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     mesh = placement.create_mesh(config)
     pipeline.check_batch(config, mesh.size)
@@ -76,53 +74,51 @@ def prepare(
 
     if source is None:
         source = data.create(config)
-    model = model.clone(num_classes=source.spec.num_classes)
-    _check_images(model, losses, source.spec.image_shape, config.train.freeze)
+    network = network.clone(num_classes=source.spec.num_classes)
+    _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
     total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
-    if total % updates.cycle:
+    if total % method.cycle:
         log.warning(
             "the run's %d steps end within a cycle of %d steps of gradients %s: its last "
             "parameters are unfinished",
             total,
-            updates.cycle,
+            method.cycle,
             config.gradients.name,
         )
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
     optimizer = freeze.optimizer(optimizer, config.train.freeze)
-    return Run(
-        config, source, model, losses, updates, optimizer, schedule, mesh, steps_per_epoch, total
-    )
+    pieces = source, network, objective, method, optimizer, schedule, mesh
+    return Run(config, *pieces, steps_per_epoch, total)
 
 
-def network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
+def create_network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
     """The configured network. Raises ConfigError for an unknown name or bad values."""
     if config.train.precision not in PRECISIONS:
         raise ConfigError(
             f"train.precision must be one of {', '.join(PRECISIONS)}, "
             f"got {config.train.precision!r}"
         )
-    options = config.model.options.to_dict()
-    with _refusals():
-        model = models.create_model(
+    with refusals():
+        network = models.create_model(
             config.model.name,
             num_classes=num_classes,
             surgery=Surgery(**config.surgery.to_dict()),
-            dtype=np.dtype(_dtype(config.train.precision)),
-            **options,
+            dtype=np.dtype(config.train.precision),  # "bfloat16" is known to numpy through JAX
+            **config.model.options.to_dict(),
         )
-    return model.clone(rematerialise=config.train.rematerialise)
+    return network.clone(rematerialise=config.train.rematerialise)
 
 
-def objective(config: ml_collections.ConfigDict, num_exits: int) -> Objective:
+def create_objective(config: ml_collections.ConfigDict, num_exits: int) -> Objective:
     """The configured losses for a network of `num_exits`. Raises ConfigError for bad values."""
-    with _refusals():
+    with refusals():
         chosen = Objective(**config.objective.to_dict())
         chosen.check(num_exits)
     return chosen
 
 
-def method(
+def create_method(
     config: ml_collections.ConfigDict, network: MultiExit, objective: Objective
 ) -> GradientMethod:
     """The configured gradient method for a network and its losses.
@@ -130,7 +126,7 @@ def method(
     Raises ConfigError for an unknown name, bad values, and what makes no sense together.
     """
     name, options = config.gradients.name, config.gradients.options.to_dict()
-    with _refusals():
+    with refusals():
         chosen = gradients.create(name, num_exits=network.num_exits, **options)
         chosen.check(network, objective)
     if chosen.cycle > 1 and config.train.accumulation > 1:
@@ -141,29 +137,12 @@ def method(
     return chosen
 
 
-def _dtype(precision: str):
-    import ml_dtypes  # numpy's own types lack bfloat16
-
-    return ml_dtypes.bfloat16 if precision == "bfloat16" else precision
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns what the constructors refuse into ConfigErrors."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-
-
 def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
     train = config.train
     if (train.epochs > 0) == (train.steps > 0):
         raise ConfigError(
             "set exactly one of train.epochs and train.steps to a positive number, "
-            f"got {train.epochs} and {train.steps}"
+            f"got {train.epochs} and {train.steps}; the other one is 0"
         )
     for field in ("eval_every", "checkpoint_every", "log_every", "conflict_every"):
         if train[field] < (field == "log_every"):
@@ -198,18 +177,14 @@ def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None
         )
 
 
-def _check_images(
-    network: MultiExit,
-    losses: Objective,
-    image_shape: tuple[int, int, int],
-    frozen: Sequence[str],
+def _check_inputs(
+    network: MultiExit, objective: Objective, batch: Any, frozen: Sequence[str]
 ) -> None:
-    """Check what depends on the size of the images: input, features and parameter names."""
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    """Check what depends on the shapes of a batch: input, features and parameter names."""
     try:
-        outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
+        outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), batch)
     except ValueError as error:
         raise ConfigError(f"{error}; see data.image_size") from error
-    with _refusals():
-        losses.check_features([feature.shape for feature in outputs.features])
+    with refusals():
+        objective.check_features([feature.shape for feature in outputs.features])
     freeze.check(frozen, variables["params"])

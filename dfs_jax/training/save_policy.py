@@ -41,9 +41,14 @@ class Saves:
     process of a run makes the same calls in the same order.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, saver: Checkpointer, every: int):
-        """`every` is the number of steps between saves; minutes come from `config`."""
-        self._saver, self._every = saver, every
+    def __init__(
+        self, config: ml_collections.ConfigDict, saver: Checkpointer, every: int, start: int = 0
+    ):
+        """`every` is the number of steps between saves; minutes come from `config`.
+
+        The state of step `start`, from which the run goes on, needs no save.
+        """
+        self._saver, self._every, self._start = saver, every, start
         self._seconds = 60 * config.train.checkpoint_minutes
         self._clock_steps = config.train.log_every
         self._last = time.monotonic()
@@ -54,6 +59,8 @@ class Saves:
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` is to be saved by steps or by minutes."""
+        if step == self._start:
+            return False
         if step % self._every == 0:
             return True
         if not self._seconds or step % self._clock_steps:
@@ -81,6 +88,8 @@ class Saves:
 
     def finish(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
         """Save the last state and wait for it, several times if need be; raises SavingError."""
+        if step == self._start:
+            return
         with self._reported():
             self._saver.wait()
         for left in reversed(range(_TRIES)):

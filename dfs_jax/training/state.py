@@ -146,8 +146,8 @@ def state_placement(run: Run) -> TrainState:
 
 def _create_state(run: Run) -> Callable[[], TrainState]:
     def create():
-        images = jnp.zeros((1, *run.data.spec.image_shape), jnp.float32)
-        variables = run.network.init(jax.random.key(run.config.seed), images)
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.data.spec.batch(1))
+        variables = run.network.init(jax.random.key(run.config.seed), example)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         averages = {"params": params, "batch_stats": batch_stats}
         return TrainState(

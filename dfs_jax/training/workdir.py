@@ -7,20 +7,8 @@ from etils import epath
 from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
 from dfs_jax.config.command import configure_jax
-
-
-def saved_config(workdir: str) -> ml_collections.ConfigDict:
-    """The configuration that a run saved in `workdir`, for commands that read a trained run.
-
-    Raises ConfigError if there is none.
-    """
-
-    config = load(workdir)
-    if config is None:
-        raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
-    configure_jax(config)
-    return config
-
+from dfs_jax.training.checkpoint import newest_step
+from dfs_jax.writing.files import write_whole
 
 # What may change between two runs in one workdir; a change elsewhere is another experiment.
 _FREE = {
@@ -53,6 +41,18 @@ def load(workdir: str) -> ml_collections.ConfigDict | None:
         raise ConfigError(f"--workdir: {saved} is not a saved configuration: {error}") from error
 
 
+def saved_config(workdir: str) -> ml_collections.ConfigDict:
+    """The configuration that a run saved in `workdir`, for commands that read a trained run.
+
+    Raises ConfigError if there is none.
+    """
+    config = load(workdir)
+    if config is None:
+        raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
+    configure_jax(config)
+    return config
+
+
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
     before = load(workdir)
@@ -72,10 +72,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
 def check_source(config: ml_collections.ConfigDict) -> None:
     """Raise ConfigError if `train.init_from` is set and is no workdir with a checkpoint."""
     source = config.train.init_from
-    if not source:
-        return
-    checkpoints = epath.Path(source) / "checkpoints"
-    if not checkpoints.exists() or not any(p.name.isdecimal() for p in checkpoints.iterdir()):
+    if source and newest_step(epath.Path(source) / "checkpoints") is None:
         raise ConfigError(f"train.init_from: {source} is no workdir with a checkpoint")
 
 
@@ -85,10 +82,7 @@ def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            # Renamed into place, so that a kill in between leaves a whole file or none.
-            unfinished = directory / "config.json.tmp"
-            unfinished.write_text(configuration.to_json(config))
-            unfinished.replace(directory / "config.json")
+            write_whole(directory / "config.json", configuration.to_json(config))
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     return directory

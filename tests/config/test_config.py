@@ -6,6 +6,8 @@ import pytest
 
 from dfs_jax import config, gradients, models
 from dfs_jax.config import ConfigError
+from dfs_jax.objectives import Objective
+from dfs_jax.surgery import Surgery
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = str(CONFIGS / "digits.py")
@@ -58,6 +60,12 @@ def test_options_of_every_network_survive_their_json(name):
 def test_options_of_every_method_survive_their_json(name):
     c = config.load(DIGITS, [f"gradients.name={name}"])
     assert config.from_json(config.to_json(c)) == c
+
+
+def test_sections_that_fill_a_dataclass_have_its_defaults():
+    c = config.default()
+    assert Surgery(**c.surgery.to_dict()) == Surgery()
+    assert Objective(**c.objective.to_dict()) == Objective()
 
 
 def test_a_saved_field_that_is_missing_takes_its_default():
@@ -137,7 +145,8 @@ def test_what_is_no_field_is_refused_with_the_nearest_or_the_known_ones(override
 def test_a_network_named_in_an_override_brings_its_own_options():
     # In any order: the name is applied first.
     c = config.load(DIGITS, ["model.options.widths=((8,8),(8,8))", "model.name=vgg7_cifar100"])
-    assert set(c.model.options) == {"adapters", "collaboration", "dropout_rate", "widths"}
+    every = {"adapters", "collaboration", "dropout_rate"}
+    assert set(c.model.options) == every | {"split_init", "widths"}
     assert c.model.options.widths == ((8, 8), (8, 8))
     with pytest.raises(ConfigError, match="growth"):
         config.load(DIGITS, ["model.name=vgg7_cifar100", "model.options.growth=4"])

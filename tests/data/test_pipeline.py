@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dfs_jax.config import ConfigError
 from dfs_jax.data import pipeline
-from dfs_jax.data.input import order
+from dfs_jax.data.input import devices, order
 
 
 @settings(max_examples=50, deadline=None)
@@ -66,6 +66,6 @@ def test_place_is_an_explicit_transfer():
     values = np.arange(8)
     for sharding in (None, NamedSharding(mesh, PartitionSpec("data"))):
         with jax.transfer_guard("disallow"):
-            placed = pipeline.place(values, sharding)
+            placed = devices.place(values, sharding)
         np.testing.assert_array_equal(placed, values)
         assert sharding is None or placed.sharding == sharding

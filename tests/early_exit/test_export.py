@@ -8,6 +8,7 @@ import bundles
 import jax
 import numpy as np
 import pytest
+from shapes import image
 
 from dfs_jax.early_exit import export, stages
 from dfs_jax.early_exit.bundle import EarlyExit
@@ -84,7 +85,7 @@ def test_a_network_with_partitioned_features_gives_the_routers_answers(tmp_path)
     variables = jax.tree.map(
         lambda leaf: rng.uniform(0.1, 1, leaf.shape).astype(leaf.dtype), shapes
     )
-    parts = stages.from_network(network, variables, (8, 8, 1))
+    parts = stages.from_network(network, variables, image(8, 8, 1))
     values = bundles.THRESHOLDS[1].values[1:]
     thresholds = bundles.Thresholds("max_softmax", values)
     preprocessing = bundles.Preprocessing((8, 8, 1), (0.5,), (0.5,))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_run
 from jax import lax
+from shapes import image
 
 from dfs_jax.early_exit import export, onnx, stages
 from dfs_jax.early_exit.budget import ALWAYS
@@ -43,7 +44,7 @@ def network(name, options, surgery):
 def write(path, name, options, surgery, about=None):
     """A bundle of this network, for batches of 1 and 4; returns the module and its variables."""
     module, variables = network(name, options, surgery)
-    parts = stages.from_network(module, variables, IMAGE)
+    parts = stages.from_network(module, variables, image(*IMAGE))
     told = {"network": name, "options": options, "surgery": surgery, "precision": "float32"}
     contents = bundles.contents(
         costs=tuple(range(1, len(parts) + 1)),

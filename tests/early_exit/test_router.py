@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import image
 
 from dfs_jax.early_exit import confidence as scores
 from dfs_jax.early_exit import router as routing
@@ -63,12 +64,12 @@ WEIGHTS = {"factor": np.array([3, 5, 7, 11], np.int32), "classes": np.array([1, 
 def exact_logits(images: np.ndarray) -> np.ndarray:
     """(N, B, K) of `Integers`, in numpy and for one image after the other."""
     result = np.zeros((EXITS, len(images), CLASSES), np.float32)
-    for b, image in enumerate(images):
-        state = int(image.sum())
+    for b, pixels in enumerate(images):
+        state = int(pixels.sum())
         for i in range(EXITS):
             state = (state * int(WEIGHTS["factor"][i]) + i + 1) % 1009
             result[i, b] = [state * int(c) % 4 for c in WEIGHTS["classes"]]
-            if image[0, 0, 0] == 50 + i:
+            if pixels[0, 0, 0] == 50 + i:
                 result[i, b] = np.nan
     return result
 
@@ -107,7 +108,10 @@ def setting(values, confidence="patience") -> Thresholds:
 @pytest.fixture(scope="module")
 def router() -> Router:
     router = Router(
-        stages.from_network(Integers(), WEIGHTS, IMAGE), IMAGE, confidence="patience", sizes=SIZES
+        stages.from_network(Integers(), WEIGHTS, image(*IMAGE)),
+        IMAGE,
+        confidence="patience",
+        sizes=SIZES,
     )
     router.warmup()
     return router
@@ -248,7 +252,7 @@ def test_nothing_is_compiled_in_service(router):
 def recording_stages(log):
     """The stages of `Integers`, which note (stage, batch size) whenever they are traced."""
     result = []
-    for i, stage in enumerate(stages.from_network(Integers(), WEIGHTS, IMAGE)):
+    for i, stage in enumerate(stages.from_network(Integers(), WEIGHTS, image(*IMAGE))):
 
         def call(weights, arguments, i=i, call=stage.segment.call):
             log.append((i, arguments[0].shape[0]))
@@ -317,7 +321,10 @@ def test_a_network_is_answered_as_when_every_exit_is_computed(network):
     confidences = np.stack([scores.score("margin", jnp.asarray(z)) for z in logits])
     values = np.median(confidences[:-1], axis=1) + 2e-6  # off every confidence
     router = Router(
-        stages.from_network(model, variables, (8, 8, 1)), (8, 8, 1), confidence="margin", sizes=(8,)
+        stages.from_network(model, variables, image(8, 8, 1)),
+        (8, 8, 1),
+        confidence="margin",
+        sizes=(8,),
     )
     answers = router(images, setting(values, "margin"))
     sure = np.vstack([confidences[:-1] >= values[:, None], np.ones(len(images), bool)])
@@ -330,7 +337,7 @@ def test_a_network_is_answered_as_when_every_exit_is_computed(network):
 
 def test_a_stage_holds_only_the_weights_that_it_reads(network):
     model, variables, _, _ = network
-    parts = stages.from_network(model, variables, (8, 8, 1))
+    parts = stages.from_network(model, variables, image(8, 8, 1))
     names = [set(p.names) for s in parts for p in (s.segment, s.head)]
     assert sum(map(len, names)) == len(set.union(*names))  # none twice
     assert set.union(*names) == {

@@ -3,6 +3,7 @@
 import bundles
 import numpy as np
 import pytest
+from shapes import image
 
 from dfs_jax.early_exit import stages, throughput
 from dfs_jax.early_exit.throughput import Round
@@ -35,7 +36,7 @@ def test_speedups_are_medians_of_what_the_rounds_measured():
 
 
 def test_the_router_is_measured():
-    parts = stages.from_network(bundles.Dense(), bundles.variables(), bundles.IMAGE)
+    parts = stages.from_network(bundles.Dense(), bundles.variables(), image(*bundles.IMAGE))
     found = throughput.measure(
         parts, bundles.IMAGE, batch_size=2, batches=2, repeats=1, ratios=(0.5, 1.0)
     )

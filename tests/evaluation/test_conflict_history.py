@@ -60,8 +60,8 @@ def test_table_holds_every_metric():
 @pytest.fixture
 def drawn(monkeypatch):
     figures = []
-    original = plots._png
-    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or original(figure))
+    original = plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or original(figure))
     return figures
 
 

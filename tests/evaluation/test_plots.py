@@ -15,8 +15,8 @@ from dfs_jax.evaluation import calibration, plots, published
 def drawn(monkeypatch):
     """The figures, as they are when they become files."""
     figures = []
-    original = plots._png
-    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or original(figure))
+    original = plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or original(figure))
     return figures
 
 
@@ -81,8 +81,10 @@ def test_reliability(drawn, num_exits, fitted):
         calibration.reliability(rng.uniform(0.8, 1, 50), rng.random(50) < 0.9)
         for _ in range(num_exits)
     ]
-    after = (exits, [1.5] * num_exits) if fitted else (None, None)
-    _check(plots.reliability("a run", exits, *after), drawn[0])
+    nll = (1.0,) * num_exits
+    trained = calibration.Calibration((1.0,) * num_exits, tuple(exits), nll)
+    after = calibration.Calibration((1.5,) * num_exits, tuple(exits), nll) if fitted else None
+    _check(plots.reliability("a run", trained, after), drawn[0])
     titles = [axes.get_title() for axes in drawn[0].axes[:num_exits]]
     assert all(f"error {e.error:.3f}" in t for e, t in zip(exits, titles, strict=True))
     assert all(("temperature 1.50" in t) == fitted for t in titles)
@@ -100,5 +102,5 @@ def test_published_tables_are_whole():
 
 
 def test_matplotlib_is_loaded_only_to_draw():
-    code = "import sys, dfs_jax.evaluate, dfs_jax.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, dfs_jax.evaluate; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     import clu.metric_writers
     import clu.parameter_overview  # noqa: F401
 
-    import dfs_jax.train  # noqa: F401
+    import dfs_jax.training.loop  # noqa: F401
     from tests import tiny_run  # noqa: F401
 
     failed = False

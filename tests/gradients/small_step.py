@@ -1,4 +1,4 @@
-"""The training step of `train.py` on the network of `tiny.py`, without a configuration's data."""
+"""The training step on the network of `tiny.py`, without a configuration's data."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +10,9 @@ import tiny
 
 from dfs_jax import config as configuration
 from dfs_jax import gradients
+from dfs_jax.data.pipeline import Spec
 from dfs_jax.distributed import placement
+from dfs_jax.models import inputs
 from dfs_jax.objectives import Objective
 from dfs_jax.training import optim
 from dfs_jax.training.run import Run
@@ -30,7 +32,8 @@ def make_run(name, *, net=None, objective=Objective(), devices=1, **options):  #
     optimizer, schedule = optim.create_optimizer(c, steps_per_epoch=1, total_steps=1)
     method = gradients.create(name, num_exits=net.num_exits, **options)
     method.check(net, objective)
-    data = SimpleNamespace(spec=SimpleNamespace(image_shape=(2, 2, 1)))
+    spec = Spec("made", inputs.images((2, 2, 1)), 3, (), 1, 0, 0)
+    data = SimpleNamespace(spec=spec)
     mesh = placement.create_mesh(c)
     return Run(c, data, net, objective, method, optimizer, schedule, mesh, 1.0, 1)
 
@@ -50,4 +53,4 @@ def states(run, size=16):
     for at in itertools.count():
         placed = jax.device_put(batch(at, size), placement.batch(run.mesh))
         state, measured = step(state, placed)
-        yield jax.device_get((state, measured["losses"]))
+        yield jax.device_get((state, measured.losses))

@@ -92,7 +92,7 @@ def test_gradient_is_the_slope_of_a_scaled_network(name):
     surgery = SURGERIES[name]
     net = tiny.network(surgery, dtype=jnp.float64)
     params, problem = tiny.problem(net)
-    (found, aux, state), unscaled, _ = measured(problem, params)
+    (update, aux, state), unscaled, _ = measured(problem, params)
     plain = jax.tree.map(np.asarray, params)
     images, labels = (np.asarray(problem.batch[k]) for k in ("image", "label"))
     start = features(plain, images, surgery)
@@ -103,7 +103,7 @@ def test_gradient_is_the_slope_of_a_scaled_network(name):
 
     np.testing.assert_allclose(aux.losses.sum(), total(plain), rtol=1e-12)
     tiny.assert_close(aux, unscaled, rtol=1e-13, atol=1e-15)
-    tiny.assert_close(found, by_hand.slopes(total, plain), rtol=1e-7, atol=1e-8)
+    tiny.assert_close(update.gradients, by_hand.slopes(total, plain), rtol=1e-7, atol=1e-8)
     assert state == ()
 
 
@@ -124,10 +124,10 @@ def test_every_loss_counts_alike_in_every_segment():
     }
     variables = tiny.jitted(net.init)(jax.random.key(1), batch["image"])
     problem = Problem(net, Objective(), batch, variables["batch_stats"], jax.random.key(2))
-    (found, aux, _), unscaled, joint = measured(problem, variables["params"])
+    (update, aux, _), unscaled, joint = measured(problem, variables["params"])
     tiny.assert_close(aux, unscaled, rtol=1e-12, atol=1e-14)  # dropout is on
     want = {
         name: tensor / (1 if name.startswith("heads") else 4 - tiny.segment_of(name))
         for name, tensor in tiny.flat(joint).items()
     }
-    tiny.assert_close(found, want, rtol=1e-10, atol=1e-13)
+    tiny.assert_close(update.gradients, want, rtol=1e-10, atol=1e-13)

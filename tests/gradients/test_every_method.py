@@ -14,7 +14,7 @@ import tiny
 from dfs_jax import config as configuration
 from dfs_jax import gradients, models
 from dfs_jax.config import ConfigError
-from dfs_jax.gradients import Problem, Restart
+from dfs_jax.gradients import Problem
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 from dfs_jax.training.run import create_method
@@ -72,7 +72,7 @@ def results(exits, surgery, objective):
         method.check(net, objective)
         state = method.init(params)
         found, aux, after = method.apply(problem, params, state, jax.random.key(0))
-        return found.gradients if isinstance(found, Restart) else found, aux, state, after
+        return found.gradients, aux, state, after
 
     @tiny.jitted
     def run(params):

@@ -66,8 +66,8 @@ def compiled(name, count, **options):
     @tiny.jitted
     def apply(vectors, state, key):
         params = Linear.tree(jnp.ones(SIZE))
-        result, aux, state = method.apply(Linear(vectors), params, state, key)
-        return result, aux.losses, state
+        update, aux, state = method.apply(Linear(vectors), params, state, key)
+        return update.gradients, aux.losses, state
 
     return method.init, apply
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dfs_jax.gradients import Problem, Restart
-from dfs_jax.models.layers import BatchNorm, Dense
-from dfs_jax.models.multi_exit import MultiExit, plain
+from dfs_jax.gradients import Problem
+from dfs_jax.models.layers import BatchNorm, Dense, plain
+from dfs_jax.models.multi_exit import MultiExit
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 
@@ -86,11 +86,11 @@ def train(method, params, start: Problem, steps: int, rate: float = 0.1):
     @jitted
     def step(params, stats, state, key):
         here = Problem(start.network, start.objective, start.batch, stats, start.rng)
-        result, aux, state = method.apply(here, params, state, key)
-        rates = rate
-        if isinstance(result, Restart):
-            params, result, rates = result.params, result.gradients, rate * result.descend
-        params = jax.tree.map(lambda w, g: w - rates * g, params, result)
+        update, aux, state = method.apply(here, params, state, key)
+        descend = 1 if update.descend is None else update.descend
+        params = jax.tree.map(
+            lambda w, g: w - rate * descend * g, update.start(params), update.gradients
+        )
         return params, aux.batch_stats, state, aux.losses
 
     stats, state, losses = start.batch_stats, method.init(params), []

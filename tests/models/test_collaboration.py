@@ -164,10 +164,10 @@ def test_block_dependent_losses_keep_their_blocks():
 
 def test_cost_counts_what_the_previous_answer_takes():
     model, images, _ = network()
-    shape, classes = images.shape[1:], 5
+    batch, classes = images[:1], 5
     for convention in CONVENTIONS:
-        plain = exit_costs(model.clone(collaboration=False), shape, convention=convention)
-        costs = exit_costs(model, shape, convention=convention)
+        plain = exit_costs(model.clone(collaboration=False), batch, convention=convention)
+        costs = exit_costs(model, batch, convention=convention)
         extra = [0]
         for width in (4, 6):
             products = classes * width + width * classes
@@ -196,7 +196,7 @@ def served():
     model, _, variables = network()
     images = np.random.default_rng(5).standard_normal((7, 8, 8, 3)).astype(np.float32)
     want = np.stack(quickly(lambda v: model.apply(v, images).logits)(variables))
-    parts = stages.from_network(model, variables, images.shape[1:])
+    parts = stages.from_network(model, variables, images)
     return parts, images, want
 
 

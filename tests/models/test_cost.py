@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from jax import lax
+from shapes import image
 
 from dfs_jax import flops, surgery
 from dfs_jax.models import ExitOutputs, MultiExit, create_model
@@ -17,7 +18,8 @@ from dfs_jax.models.cost import (
     minimal_training_multiply_adds,
     training_flops,
 )
-from dfs_jax.models.layers import BatchNorm, Conv, Dense, global_average_pool, max_pool, relu
+from dfs_jax.models.layers import BatchNorm, Conv, Dense, global_average_pool, relu
+from dfs_jax.ops.pooling import max_pool
 from dfs_jax.ops.tags import tagged
 from dfs_jax.surgery import Surgery
 
@@ -33,7 +35,7 @@ def test_golden_columns(name, adapters):
     network = create_model(
         name, num_classes=golden["num_classes"], surgery=Surgery(), adapters=adapters
     )
-    costs = exit_costs(network, tuple(golden["image_shape"]))
+    costs = exit_costs(network, image(*golden["image_shape"]))
     counted = {
         "cumulative_flops": costs.cumulative,
         "cumulative_params": costs.parameters.cumulative,
@@ -49,7 +51,7 @@ def test_golden_columns(name, adapters):
 def test_published_columns_to_every_printed_digit(name):
     golden = GOLDEN[name]
     network = create_model(name, num_classes=golden["num_classes"], surgery=Surgery())
-    costs = exit_costs(network, tuple(golden["image_shape"]))
+    costs = exit_costs(network, image(*golden["image_shape"]))
     column, unit = ("published_flops_M", 1e6) if "cifar" in name else ("published_flops_G", 1e9)
     assert [round(cost / unit, 2) for cost in costs.cumulative] == golden[column]
     parameters = [round(count / 1e6, 2) for count in costs.parameters.cumulative]
@@ -98,7 +100,7 @@ def _tiny(adapters=False, **kwargs):
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_both_conventions_by_hand(adapters):
-    costs = exit_costs(_tiny(adapters), (9, 9, 2))
+    costs = exit_costs(_tiny(adapters), image(9, 9, 2))
     segments = (STEM + RELU + DEPTHWISE + MAX_POOL, POINTWISE)
     heads = (MEAN + FIRST + BIAS, LAST)
     assert costs.convention == "published"
@@ -106,7 +108,7 @@ def test_both_conventions_by_hand(adapters):
     assert costs.heads == heads
     assert costs.path == (segments[0] + heads[0], sum(segments) + heads[1])
     assert costs.cumulative == (segments[0] + heads[0], sum(segments) + sum(heads))
-    plain = exit_costs(_tiny(adapters), (9, 9, 2), convention="multiply_adds")
+    plain = exit_costs(_tiny(adapters), image(9, 9, 2), convention="multiply_adds")
     assert plain.convention == "multiply_adds"
     assert plain.segments == (STEM + DEPTHWISE, POINTWISE)
     assert plain.heads == (FIRST, LAST)
@@ -115,7 +117,7 @@ def test_both_conventions_by_hand(adapters):
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_parameters_by_hand(adapters, convention):
-    counts = exit_costs(_tiny(adapters), (9, 9, 2), convention=convention).parameters
+    counts = exit_costs(_tiny(adapters), image(9, 9, 2), convention=convention).parameters
     segments, heads = ((9 * 2 * 4 + 4) + 9 * 4, 4 * 6 + 2 * 6), (4 * 3 + 3, 24 * 3)
     assert counts.segments == segments
     assert counts.heads == heads
@@ -125,7 +127,7 @@ def test_parameters_by_hand(adapters, convention):
 
 def test_training_by_hand():
     def counted(**kwargs):
-        return minimal_training_multiply_adds(_tiny(**kwargs), (9, 9, 2))
+        return minimal_training_multiply_adds(_tiny(**kwargs), image(9, 9, 2))
 
     # Forward, kernel gradient, input gradient; the images need none.
     fixed = 2 * STEM + 3 * DEPTHWISE + 3 * LAST
@@ -137,7 +139,8 @@ def test_training_by_hand():
         everything = (2 + live) * POINTWISE + 3 * FIRST
         assert counted(beta=beta, exit_gradient="all") == fixed + everything, beta
     assert counted(adapters=True) == counted()
-    assert training_flops(_tiny(), (9, 9, 2), 32) == 64 * counted()
+    batch = jax.ShapeDtypeStruct((32, 9, 9, 2), jnp.float32)
+    assert training_flops(_tiny(), batch) == 64 * counted()
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -149,8 +152,8 @@ def test_live_channels_of_a_convolution(depthwise):
     params = {"scale": (8,), "kernel": (3, 3, 1 if depthwise else 8, 16)}
     products = 3 * 3 * 16 * 9 * (1 if depthwise else 8)
     network = Plain(layer, params)
-    assert exit_costs(network, (5, 5, 8)).segments == (products,)
-    assert minimal_training_multiply_adds(network, (5, 5, 8)) == products * (2 + 3 / 8)
+    assert exit_costs(network, image(5, 5, 8)).segments == (products,)
+    assert minimal_training_multiply_adds(network, image(5, 5, 8)) == products * (2 + 3 / 8)
 
 
 @pytest.mark.parametrize("name", ["vgg7_cifar100", "resnet18_cifar100", "msdnet_cifar100"])
@@ -162,7 +165,7 @@ def test_surgery_does_not_change_the_cost(name):
         Surgery(beta=1.0, exit_gradient="all"),
     ]
     counts = {
-        exit_costs(create_model(name, num_classes=10, surgery=choice), (32, 32, 3))
+        exit_costs(create_model(name, num_classes=10, surgery=choice), image(32, 32, 3))
         for choice in choices
     }
     assert len(counts) == 1
@@ -171,7 +174,8 @@ def test_surgery_does_not_change_the_cost(name):
 def test_precision_does_not_change_the_cost():
     one, other = (
         exit_costs(
-            create_model("msdnet_digits", num_classes=10, surgery=Surgery(), dtype=dtype), (8, 8, 1)
+            create_model("msdnet_digits", num_classes=10, surgery=Surgery(), dtype=dtype),
+            image(8, 8, 1),
         )
         for dtype in ("bfloat16", "float32")
     )
@@ -189,13 +193,13 @@ def test_precision_does_not_change_the_cost():
 )
 def test_columns_follow_from_segments_and_heads(name, size):
     network = create_model(name, num_classes=10, surgery=Surgery())
-    costs = exit_costs(network, (size, size, 3))
+    costs = exit_costs(network, image(size, size, 3))
     for counts in (costs, costs.parameters):
         for i in range(network.num_exits):
             backbone = sum(counts.segments[: i + 1])
             assert counts.path[i] == backbone + counts.heads[i]
             assert counts.cumulative[i] == backbone + sum(counts.heads[: i + 1])
-    plain = exit_costs(network, (size, size, 3), convention="multiply_adds")
+    plain = exit_costs(network, image(size, size, 3), convention="multiply_adds")
     assert all(a <= b for a, b in zip(plain.cumulative, costs.cumulative, strict=True))
     assert plain.parameters == costs.parameters
 
@@ -203,13 +207,13 @@ def test_columns_follow_from_segments_and_heads(name, size):
 def test_attention_counts():
     """A vision transformer: convolution, dense layers with biases, two products per head."""
     network = create_model("vit_tiny_patch16", num_classes=10, surgery=Surgery(), adapters=True)
-    costs = exit_costs(network, (32, 32, 3), convention="multiply_adds")
+    costs = exit_costs(network, image(32, 32, 3), convention="multiply_adds")
     tokens, width = 5, 192
     block = tokens * 12 * width * width + 2 * tokens * tokens * width
     assert costs.segments[0] == (tokens - 1) * 16 * 16 * 3 * width + 7 * block
     assert costs.segments[1:] == (block,) * 5
     assert costs.heads == (width * 10,) * 6
-    published = exit_costs(network, (32, 32, 3))
+    published = exit_costs(network, image(32, 32, 3))
     assert published.segments[1] == block + tokens * 9 * width
 
 
@@ -238,7 +242,7 @@ SQUARE = {"w": (4, 4)}
 
 
 def _multiply_adds(function, shapes=SQUARE):
-    costs = exit_costs(Plain(function, shapes), (2, 3, 4), convention="multiply_adds")
+    costs = exit_costs(Plain(function, shapes), image(2, 3, 4), convention="multiply_adds")
     assert costs.heads == (0,)
     return costs.segments[0]
 
@@ -296,11 +300,11 @@ def _branched(p, x):
 )
 def test_nested_computations(function, times):
     assert _multiply_adds(function) == times * 2 * 3 * 4 * 4
-    training = minimal_training_multiply_adds(Plain(function, SQUARE), (2, 3, 4))
+    training = minimal_training_multiply_adds(Plain(function, SQUARE), image(2, 3, 4))
     first = times if times > 1 else 0  # a loop's later rounds do have parameters before them
     if function is not _branched:
         assert training == (2 * times + first) * 2 * 3 * 4 * 4
-    assert exit_costs(Plain(function, SQUARE), (2, 3, 4)).parameters.segments == (16,)
+    assert exit_costs(Plain(function, SQUARE), image(2, 3, 4)).parameters.segments == (16,)
 
 
 def test_stacked_parameters_of_a_scan():
@@ -323,9 +327,9 @@ def test_arguments_and_results_of_a_scan():
 
     network = Plain(function, {**SQUARE, "v": (4, 4), "unused": (4, 4)})
     product = 2 * 3 * 4 * 4
-    assert exit_costs(network, (2, 3, 4)).segments == (2 * product,)
-    assert minimal_training_multiply_adds(network, (2, 3, 4)) == 2 * product * 2
-    assert exit_costs(network, (2, 3, 4)).parameters.segments == (32,)
+    assert exit_costs(network, image(2, 3, 4)).segments == (2 * product,)
+    assert minimal_training_multiply_adds(network, image(2, 3, 4)) == 2 * product * 2
+    assert exit_costs(network, image(2, 3, 4)).parameters.segments == (32,)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -348,7 +352,7 @@ def test_what_counts_nothing():
         x = jax.image.resize(x, (1, 8, 8, 4), "bilinear")  # a product with constant matrices
         return jnp.concatenate([x + p["w"][0], jax.nn.sigmoid(x)], axis=-1)
 
-    costs = exit_costs(Plain(function, SQUARE), (2, 3, 4))
+    costs = exit_costs(Plain(function, SQUARE), image(2, 3, 4))
     assert costs.cumulative == (0,)
     assert costs.parameters.cumulative == (16,)
 
@@ -360,7 +364,7 @@ def test_parameters_that_no_operation_reads_do_not_count():
         return ignoring(p["w"], p["unused"], x)
 
     network = Plain(function, {**SQUARE, "unused": (100,), "untouched": (100,)})
-    assert exit_costs(network, (2, 3, 4)).parameters.cumulative == (16,)
+    assert exit_costs(network, image(2, 3, 4)).parameters.cumulative == (16,)
 
 
 def test_shared_parameters_count_once():
@@ -378,7 +382,7 @@ def test_shared_parameters_count_once():
             y = y.stopped() if isinstance(y, surgery.Partitioned) else y
             return self.dense(y), y
 
-    costs = exit_costs(Shared(num_classes=3, surgery=Surgery()), (1, 1, 4))
+    costs = exit_costs(Shared(num_classes=3, surgery=Surgery()), image(1, 1, 4))
     assert costs.cumulative == (16 + 4 + 15, 2 * (16 + 4 + 15))
     assert costs.parameters.cumulative == costs.parameters.path == (16 + 15,) * 2
     assert costs.parameters.segments == (16, 16)
@@ -389,7 +393,7 @@ def test_stopped_values_need_no_input_gradient():
         return lax.stop_gradient(x @ p["w"]) @ p["w"]
 
     product = 2 * 3 * 4 * 4
-    counted = minimal_training_multiply_adds(Plain(function, SQUARE), (2, 3, 4))
+    counted = minimal_training_multiply_adds(Plain(function, SQUARE), image(2, 3, 4))
     assert counted == 2 * product + 2 * product
 
 
@@ -411,7 +415,7 @@ def test_linen_remat_and_scan():
         def head(self, i, exit_input, *, train):
             return exit_input[:, 0, 0], exit_input
 
-    costs = exit_costs(Looped(num_classes=4, surgery=Surgery()), (2, 3, 4))
+    costs = exit_costs(Looped(num_classes=4, surgery=Surgery()), image(2, 3, 4))
     assert costs.cumulative == (3 * 6 * (16 + 4),)
     assert costs.parameters.cumulative == (3 * (16 + 4),)
 
@@ -438,14 +442,11 @@ def test_unknown_tags_are_refused():
 def test_bad_requests_are_refused():
     network = create_model("msdnet_cifar100", num_classes=10, surgery=Surgery())
     with pytest.raises(ValueError, match=r"'macs'.*published, multiply_adds"):
-        exit_costs(network, (32, 32, 3), convention="macs")
+        exit_costs(network, image(32, 32, 3), convention="macs")
     with pytest.raises(ValueError, match="17x17"):
-        exit_costs(network, (16, 16, 3))
-    for shape in ((32, 32), (0, 32, 3), (1, 32, 32, 3)):
-        with pytest.raises(ValueError, match="image_shape"):
-            exit_costs(network, shape)
-    with pytest.raises(ValueError, match="batch"):
-        training_flops(network, (32, 32, 3), 0)
+        exit_costs(network, image(16, 16, 3))
+    with pytest.raises(ValueError, match="takes images"):
+        training_flops(network, jax.ShapeDtypeStruct((32, 32, 3), jnp.float32))
 
 
 # The command.

@@ -14,7 +14,7 @@ from dfs_jax.ops import allocator
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
-from dfs_jax import allocator
+from dfs_jax.ops import allocator
 
 if sys.argv[1] == "keep":
     assert allocator.keep_freed_memory()

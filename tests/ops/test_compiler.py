@@ -48,7 +48,7 @@ def test_a_compiler_that_knows_no_such_option_gets_none(monkeypatch):
 
 
 def test_what_the_user_sets_is_left_alone():
-    program = "from dfs_jax import compiler; print(compiler.options())"
+    program = "from dfs_jax.ops import compiler; print(compiler.options())"
     environment = {**os.environ, "XLA_FLAGS": WITHOUT, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -1,47 +1,19 @@
-"""The fast formulations against the library's, and where each of them runs."""
+"""The fast formulations of convolution against the library's, and where each of them runs."""
 
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from by_library import PROPERTY, assert_equal_with_gradients, random
+from hypothesis import example, given
 from hypothesis import strategies as st
 from plain_networks import conv as plain_conv
-from plain_networks import max_pool as plain_max_pool
 
-from dfs_jax.ops import compiler, pooling
+from dfs_jax.ops import compiler
 from dfs_jax.surgery import Partitioned, conv
 
-PROPERTY = settings(max_examples=8, deadline=None)
 PADDINGS = st.sampled_from([0, 1, "SAME", ((0, 2), (1, 0))])
-
-
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def assert_equal_with_gradients(ours, theirs, *arrays):
-    """Values, gradients, and gradients of gradients in float64, to 1e-10."""
-
-    def gradients(function, *arrays):
-        value, pull = jax.vjp(function, *arrays)
-        return value, pull(jnp.cos(value))
-
-    def curvature(function, *arrays):
-        def squared(*arrays):
-            return sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients(function, *arrays)))
-
-        return jax.grad(squared, range(len(arrays)))(*arrays)
-
-    @jax.jit  # one compilation for all, which is what these tests take
-    def everything(*arrays):
-        return [[what(f, *arrays) for what in (gradients, curvature)] for f in (ours, theirs)]
-
-    for a, b in zip(*map(jax.tree.leaves, everything(*arrays)), strict=True):
-        scale = max(1.0, float(jnp.max(jnp.abs(b))))
-        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-10)
 
 
 @PROPERTY
@@ -111,56 +83,6 @@ def test_depthwise_convolution_is_the_library_s(size, channels, multiplier, stri
         assert_equal_with_gradients(
             lambda x, k: conv(x, k, **choice), lambda x, k: plain_conv(x, k, **choice), x, kernel
         )
-
-
-@PROPERTY
-@given(
-    height=st.integers(2, 7),
-    width=st.integers(3, 7),
-    window=st.sampled_from([2, 3]),
-    ties=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_max_pool_is_the_library_s(height, width, window, ties, seed):
-    with jax.enable_x64(True):
-        x = random(seed, 2, max(height, window), max(width, window), 3)
-        x = jnp.round(x) if ties else x
-        assert_equal_with_gradients(
-            lambda x: pooling.max_pool(x, window, window),
-            lambda x: plain_max_pool(x, window, window),
-            x,
-        )
-
-
-def test_overlapping_max_pool_is_the_library_s():
-    with jax.enable_x64(True):
-        x = random(0, 2, 7, 6, 3)
-        assert_equal_with_gradients(
-            lambda x: pooling.max_pool(x, 3, 2, 1), lambda x: plain_max_pool(x, 3, 2, 1), x
-        )
-
-
-def test_the_first_maximum_gets_the_gradient():
-    x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 1, 0].set(1).at[0, 1, 0, 0].set(1)
-    gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x, 2, 2)))(x)
-    expected = np.zeros((4, 4))
-    expected[0, 1] = expected[0, 2] = expected[2, 0] = expected[2, 2] = 1
-    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
-
-
-def test_max_pool_hands_on_what_is_not_a_number():
-    x = jnp.zeros((1, 4, 4, 1)).at[0, 1, 1, 0].set(jnp.nan)
-    assert jnp.isnan(pooling.max_pool(x, 2, 2)).tolist() == [[[[True], [False]], [[False]] * 2]]
-
-
-def test_max_pool_at_the_size_of_imagenet():
-    """Under jit, where a pooling by reshape has given wrong gradients."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 224, 224, 4)), jnp.float32)
-    ours, theirs = (
-        jax.jit(jax.grad(lambda x, pool=pool: jnp.sum(jnp.sin(pool(x, 2, 2)))))(x)
-        for pool in (pooling.max_pool, plain_max_pool)
-    )
-    np.testing.assert_array_equal(ours, theirs)
 
 
 # Where which formulation runs.
@@ -256,15 +178,6 @@ def test_eight_devices_move_no_activation(case, images):
     for moving in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert moving not in text
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
-
-
-def test_eight_devices_move_no_activation_of_a_pooling():
-    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    function = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(pooling.max_pool(x, 2, 2)))))
-    text = function.lower(_abstract(IMAGES, spread)).compile().as_text()
-    for moving in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-        assert moving not in text
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_run
+from shapes import image
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import benchmark
@@ -160,7 +161,7 @@ def test_flops_are_those_of_the_step_on_real_data(results):
         "vgg7_cifar100", num_classes=10, surgery=Surgery(partition=False), widths=((6,), (4,))
     )
     least, whole = (
-        minimal_training_multiply_adds(network, (8, 8, 1)) for network in (run.network, joint)
+        minimal_training_multiply_adds(network, image(8, 8, 1)) for network in (run.network, joint)
     )
     assert result["least_flops_ratio"] == least / whole < 1
     assert results["results"][0]["least_flops_ratio"] == 1
@@ -271,7 +272,7 @@ def test_layers_that_read_a_partitioned_feature_are_all_that_surgery_saves():
         dead = channels - layer.live
         saved += layer.count * batch * math.prod([*sides, *window]) * dead * outputs
     whole, least = (
-        minimal_training_multiply_adds(network.clone(surgery=surgery), (8, 8, 1))
+        minimal_training_multiply_adds(network.clone(surgery=surgery), image(8, 8, 1))
         for surgery in (Surgery(partition=False), network.surgery)
     )
     assert saved == 2 * (whole - least)  # two images
@@ -316,9 +317,9 @@ def test_prefix_networks_are_the_cheap_way_to_per_exit_gradients():
     counted, gradients = {}, {}
     for name, function in overheads.exit_gradient_functions(run).items():
         quick = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-        compiled = quick.lower(state.params, state.batch_stats, batch).compile()
+        compiled = quick.lower(state, batch).compile()
         counted[name] = compiled.cost_analysis()["flops"]
-        gradients[name] = compiled(state.params, state.batch_stats, batch)
+        gradients[name] = compiled(state, batch)
     assert 1.5 < counted["prefix"] / counted["summed"] < 2  # (1 + 2 + 3 + 4) / 4 at most is 2.5
     assert counted["prefix"] < 0.75 * counted["jacrev"]
     stacked = jax.tree.map(lambda *rows: np.stack(rows), *gradients["prefix"])

@@ -67,8 +67,9 @@ def test_waiting_is_what_a_slow_input_makes(monkeypatch):
     monkeypatch.setattr(input_rate.placement, "batch", lambda mesh: None)
     monkeypatch.setattr(input_rate, "initial_state", lambda run: 0)
     monkeypatch.setattr(input_rate, "make_train_step", lambda run: lambda s, b: (s + 1, {}))
-    first, paces = input_rate.measure_input(Run, batches=4, steps=3)
-    assert first > 0.05
+    found = input_rate.measure_input(Run, batches=4, steps=3)
+    assert found.first_seconds > 0.05
+    paces = found.paces
     assert paces["input"].images_per_second < 4 / 0.05
     assert paces["both"].data_wait > 0.9
     assert paces["both"].seconds > 0.15

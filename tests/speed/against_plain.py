@@ -3,7 +3,7 @@
     python -m tests.speed.against_plain --network vgg7_cifar100 --batch 128 --pairs 10
 
 A step is forward, backward and SGD with momentum. Each version has a process of its own, as in
-training, for what `allocator.py` sets holds for a process; one runs while the others wait:
+training, for what `ops/allocator.py` sets holds for a process; one runs while the others wait:
 
     plain       plain JAX: no formulation, compiler option or allocator setting of this library
     plain kept  the same, with the allocator's setting

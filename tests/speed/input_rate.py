@@ -35,7 +35,7 @@ def images_per_second(**augmentation) -> float:
     labels = np.arange(SIZE) % 100
     names = [str(label) for label in range(100)]
     arrays = {"train": (images, labels), "validation": None, "test": (images[:10], labels[:10])}
-    source = in_memory.create(c, name="made", class_names=names, **arrays).train
+    source = in_memory.from_arrays(c, name="made", class_names=names, **arrays).train
     batches = source.batches(0)
     jax.block_until_ready(next(batches))
     seconds = []

@@ -202,12 +202,12 @@ def test_damaged_checkpoint_is_replaced_by_the_one_before(saved, caplog, damage)
     with Checkpointer(saved, best_metric="eval/mean/top1") as c:
         with pytest.raises(CheckpointError, match="step 8"):
             c.restore(make_state(0), step=8)
-        with caplog.at_level(logging.WARNING, logger="dfs_jax.checkpoint"):
+        with caplog.at_level(logging.WARNING, logger="dfs_jax.training.checkpoint"):
             restored = c.restore(make_state(0))
         assert restored.step == 4
         assert restored.meta == {"epoch": 1.0}
         assert_identical(restored.state, make_state(4))
-        ours = [r for r in caplog.records if r.name == "dfs_jax.checkpoint"]
+        ours = [r for r in caplog.records if r.name == "dfs_jax.training.checkpoint"]
         first = ours[0].getMessage()
         assert "step 8" in first
         assert "step 4" in first

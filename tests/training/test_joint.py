@@ -154,9 +154,9 @@ class TestProblem:
                     assert not np.any(leaf), path
 
     def test_joint_is_the_sum_of_the_exits_gradients(self, objective):
-        gradient, aux, state = measured(objective)["joint"]
+        update, aux, state = measured(objective)["joint"]
         exits = [g for _, g in measured(objective)["exits"]]
-        assert_trees_close(gradient, jax.tree.map(lambda *g: sum(g), *exits))
+        assert_trees_close(update.gradients, jax.tree.map(lambda *g: sum(g), *exits))
         assert_trees_close(aux, measured(objective)["losses"][1])
         assert state == ()
 
@@ -168,7 +168,7 @@ def test_the_teacher_is_given_only_if_needed_and_carries_no_gradient():
     np.testing.assert_allclose(teacher.logits, aux.logits[-1], rtol=1e-11)
     # Distillation weighs on exit 1 and 2 alone: the deepest exit's head learns from labels only.
     # Its weight is 2 in one objective and 1 in the other.
-    deepest = [subtree(measured(o)["joint"][0], "heads_2") for o in (PLAIN, DISTILLING)]
+    deepest = [subtree(measured(o)["joint"][0].gradients, "heads_2") for o in (PLAIN, DISTILLING)]
     assert_trees_close(deepest[1], jax.tree.map(lambda g: 2 * g, deepest[0]))
 
 

@@ -291,8 +291,8 @@ def assert_devices_agree(*own, network=(), tolerance):
         assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) <= tolerance
         # Every array has moved by far more than that.
         assert min(np.abs(x - y).max() for x, y in zip(a, start, strict=True)) > 1e-5
-    np.testing.assert_array_equal(last["correct"], last_of_many["correct"])
-    np.testing.assert_allclose(last["losses"], last_of_many["losses"], atol=1e-5)
+    np.testing.assert_array_equal(last.correct, last_of_many.correct)
+    np.testing.assert_allclose(last.losses, last_of_many.losses, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dfs_jax.config.tables import format_table
 from dfs_jax.training import metrics, progress
-from dfs_jax.training.counts import ExitCounts, count_batch, summarise, total_counts
 from dfs_jax.training.metrics import MetricWriter
 
 
@@ -136,105 +133,3 @@ def test_a_progress_line_that_cannot_be_written_is_left_out():
             raise OSError(errno.ENOSPC, "No space left on device")
 
     progress.Progress(2000, stream=Full()).training(10, {"train/loss": 1.0})
-
-
-def test_table():
-    table = format_table([("exit1", 0.5, 12), ("ensemble", 0.12345, 3)], ("", "top1", "n"))
-    assert table.splitlines() == [
-        "            top1   n",
-        "--------  ------  --",
-        "exit1     0.5000  12",
-        "ensemble  0.1235   3",
-    ]
-
-
-def reference_counts(logits, labels, mask):
-    """The same counts, one example at a time in float64."""
-    n = len(logits)
-    top1, top5, loss = np.zeros(n, int), np.zeros(n, int), np.zeros(n)
-    ensemble = 0
-    for b in np.flatnonzero(mask):
-        softmax = np.exp([z[b].astype(np.float64) for z in logits])
-        softmax /= softmax.sum(axis=1, keepdims=True)
-        for i in range(n):
-            order = sorted(range(softmax.shape[1]), key=lambda c: (-logits[i][b, c], c))
-            top1[i] += order[0] == labels[b]
-            top5[i] += labels[b] in order[:5]
-            loss[i] -= np.log(softmax[i, labels[b]])
-        ensemble += int(np.argmax(softmax.mean(axis=0)) == labels[b])
-    return top1, top5, loss, ensemble
-
-
-def example_batch(size, classes, seed=0):
-    rng = np.random.default_rng(seed)
-    # Coarse values, so that there are ties; no -0.0, which top_k places below 0.0.
-    logits = tuple(
-        (np.round(rng.normal(size=(size, classes)) * 2) + 0.0).astype(np.float32) for _ in range(3)
-    )
-    labels = rng.integers(0, classes, size)
-    return logits, labels, rng.random(size) < 0.8
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_counts_equal_counting_one_by_one(dtype):
-    logits, labels, mask = example_batch(200, 12)
-    labels[~mask] = -1
-    padded = tuple(np.where(mask[:, None], z, np.nan) for z in logits)
-    got = jax.jit(count_batch)(
-        tuple(jnp.asarray(z, dtype) for z in padded), jnp.asarray(labels), jnp.asarray(mask)
-    )
-    top1, top5, loss, ensemble = reference_counts(logits, labels, mask)
-    np.testing.assert_array_equal(got.top1, top1)
-    np.testing.assert_array_equal(got.top5, top5)
-    np.testing.assert_allclose(got.loss, loss, rtol=1e-5)
-    assert int(got.ensemble) == ensemble
-    assert int(got.count) == mask.sum()
-    assert got.top1.dtype == got.count.dtype == jnp.int32
-    assert got.loss.dtype == jnp.float32
-
-
-def test_counts_do_not_depend_on_batches_or_devices():
-    logits, labels, mask = example_batch(64, 12)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    cut = NamedSharding(mesh, PartitionSpec("data"))
-    whole = total_counts([count_batch(logits, labels, jnp.asarray(mask))])
-    batches = []
-    for start in range(0, 64, 16):
-        part = jax.tree.map(lambda x, s=start: x[s : s + 16], (logits, labels, mask))
-        batches.append(jax.jit(count_batch)(*jax.device_put(part, cut)))
-    total = total_counts(batches)
-    assert total.top1.dtype == np.int64
-    assert total.loss.dtype == np.float64
-    np.testing.assert_allclose(total.loss, whole.loss, rtol=1e-6)
-    for field in ("top1", "top5", "ensemble", "count"):
-        np.testing.assert_array_equal(getattr(total, field), getattr(whole, field))
-
-
-def test_counts_beyond_32_bits():
-    batch = ExitCounts(np.int32([2**30]), None, np.float32([1]), np.int32(2**30), np.int32(2**30))
-    total = total_counts([batch] * 6)
-    assert total.count == 6 * 2**30
-    assert summarise(total, "eval")["eval/exit1/top1"] == 1.0
-
-
-def test_summary_has_exactly_the_documented_names():
-    counts = ExitCounts(np.array([1, 3]), np.array([2, 4]), np.array([8.0, 4.0]), 2, 4)
-    assert summarise(counts, "test") == {
-        "test/exit1/top1": 0.25,
-        "test/exit1/top5": 0.5,
-        "test/exit1/loss": 2.0,
-        "test/exit2/top1": 0.75,
-        "test/exit2/top5": 1.0,
-        "test/exit2/loss": 1.0,
-        "test/ensemble/top1": 0.5,
-        "test/mean/top1": 0.5,
-    }
-
-
-def test_five_classes_have_no_top5_and_an_empty_evaluation_is_an_error():
-    logits, labels, mask = example_batch(8, 5)
-    counts = count_batch(logits, labels, jnp.asarray(mask))
-    assert not [name for name in summarise(counts, "eval") if "top5" in name]
-    empty = count_batch(logits, labels, jnp.zeros(8, bool))
-    with pytest.raises(ValueError, match="eval: no examples"):
-        summarise(empty, "eval")

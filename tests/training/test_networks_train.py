@@ -7,20 +7,22 @@ import tiny_run
 from dfs_jax import config, models
 from dfs_jax.training.run import prepare
 
-# Side of the images, steps, learning rate, and options that make the larger ones affordable.
+# Side of the images, steps, learning rate, and options that make them small.
+_WIDTHS = ((16, 16), (16, 16), (32,) * 3, (32,) * 3, (32,) * 3)
+_VIT = {"depth": 4, "first_exit": 2}
 NETWORKS = {
-    "msdnet_cifar100": (32, 40, 0.02, {}),
+    "msdnet_cifar100": (32, 40, 0.02, {"steps": (2, 1, 1), "initial": 8, "growth": 8}),
     "msdnet_digits": (8, 40, 0.02, {}),
-    "msdnet_imagenet": (136, 40, 0.02, {"initial": 8, "growth": 8}),
-    "resnet18_cifar100": (32, 80, 0.1, {"width": 32}),
-    "resnet34_cifar100": (32, 80, 0.1, {"width": 16}),
-    "resnet50_cifar100": (32, 150, 0.05, {"width": 16}),
-    "resnet101_cifar100": (32, 150, 0.02, {"width": 8}),
-    "vgg7_cifar100": (32, 60, 0.1, {}),
-    "vgg16_imagenet": (32, 90, 0.02, {}),
-    "vit_tiny_patch16": (32, 120, 1e-3, {}),
-    "vit_small_patch16": (32, 40, 3e-4, {}),
-    "vit_base_patch16": (32, 40, 3e-4, {}),
+    "msdnet_imagenet": (136, 50, 0.02, {"steps": (2, 1, 1), "initial": 8, "growth": 8}),
+    "resnet18_cifar100": (16, 80, 0.1, {"width": 16}),
+    "resnet34_cifar100": (16, 80, 0.1, {"width": 8}),
+    "resnet50_cifar100": (16, 100, 0.05, {"width": 8}),
+    "resnet101_cifar100": (16, 100, 0.02, {"width": 8}),
+    "vgg7_cifar100": (16, 60, 0.1, {"widths": _WIDTHS[:3]}),
+    "vgg16_imagenet": (32, 90, 0.05, {"widths": _WIDTHS}),
+    "vit_tiny_patch16": (32, 80, 1e-3, _VIT),
+    "vit_small_patch16": (32, 40, 3e-4, _VIT),
+    "vit_base_patch16": (32, 40, 3e-4, _VIT),
 }
 
 

@@ -60,19 +60,19 @@ class TestAccumulation:
             # The learning rate is rounded to float32 in one place or the other.
             assert_close(found.params, optax.apply_updates(fresh.params, updates), 1e-9)
             assert_close(found.batch_stats, stats, 1e-12)
-            assert_close(measured["losses"], sum(losses) / 4, 1e-12)
-            assert_close(measured["gradient_norm"], optax.global_norm(mean), 1e-12)
+            assert_close(measured.losses, sum(losses) / 4, 1e-12)
+            assert_close(measured.gradient_norm, optax.global_norm(mean), 1e-12)
 
     def test_counts_the_answers_of_the_whole_batch(self):
         whole, cut = (steps(run_of(f"train.accumulation={n}"), 1)[1][1] for n in (1, 2))
-        assert whole["correct"].shape == cut["correct"].shape
-        assert (cut["correct"] <= 16).all()
+        assert whole.correct.shape == cut.correct.shape
+        assert (cut.correct <= 16).all()
 
     @pytest.mark.slow
     def test_several_devices_train_as_one_does(self):
         settings = ("train.accumulation=2", "optimizer.learning_rate=0.001")
         one, many = (
-            [measured["losses"] for _, measured in steps(run_of(*settings, mesh), 3)[1:]]
+            [measured.losses for _, measured in steps(run_of(*settings, mesh), 3)[1:]]
             for mesh in ("mesh.data=1", "mesh.data=4")
         )
         np.testing.assert_allclose(one, many, rtol=1e-5)
@@ -138,7 +138,7 @@ class TestBfloat16:
         (fresh, _), (found, measured) = steps(run, 1)
         for leaf in jax.tree.leaves((found.params, found.batch_stats, found.opt_state)):
             assert leaf.dtype in (np.float32, np.int32)
-        assert measured["losses"].dtype == np.float32
+        assert measured.losses.dtype == np.float32
         batch = next(run.data.train.batches(0, None))
         text = str(jax.make_jaxpr(make_train_step(run))(fresh, batch))
         kinds = ("conv_general_dilated[", "dot_general[")
@@ -148,7 +148,7 @@ class TestBfloat16:
 
     def test_losses_are_those_of_float32_to_its_precision(self):
         runs = (run_of(f"train.precision={p}") for p in ("float32", "bfloat16"))
-        exact, rough = (steps(run, 1)[1][1]["losses"] for run in runs)
+        exact, rough = (steps(run, 1)[1][1].losses for run in runs)
         np.testing.assert_allclose(rough, exact, rtol=0.02)
         assert (rough != exact).any()
 
@@ -166,7 +166,7 @@ class TestFsdp:
         batches, losses = run.data.train.batches(0, placement.batch(run.mesh)), []
         for _ in range(5):
             state, measured = step(state, next(batches))
-            losses.append(jax.device_get(measured["losses"]))
+            losses.append(jax.device_get(measured.losses))
         assert sizes == [placement.bytes_per_device(x) for x in (state.params, state.opt_state)]
         return np.array(sizes), np.array(losses), jax.device_get(state.params)
 

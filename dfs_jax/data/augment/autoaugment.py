@@ -1,7 +1,7 @@
 """Which image operations are applied: AutoAugment's policy for CIFAR-10, and RandAugment.
 
 A policy becomes a table of operations (`image_ops.tabulate`) and a draw of rows from it, one
-row for each operation in turn. What the operations do to the pixels is in `image_ops`.
+row for each operation in turn. What the operations do to the pixels is in `image_ops.py`.
 """
 
 import functools
@@ -107,7 +107,7 @@ def draw_policy(key: jax.Array, name: str) -> jax.Array:
 
 def policy(image: jax.Array, rows: jax.Array, name: str) -> jax.Array:
     """`image` (H, W, 3) uint8 after actions `rows` (2,) of `policy_actions(name)`."""
-    return _apply(policy_actions(name), rows, image)
+    return _in_turn(policy_actions(name), rows, image)
 
 
 @functools.cache
@@ -135,23 +135,21 @@ def draw_randaugment(key: jax.Array, layers: int) -> jax.Array:
 
 def randaugment(image: jax.Array, rows: jax.Array, magnitude: float) -> jax.Array:
     """`image` (H, W, 3) uint8 after actions `rows` of `randaugment_actions(magnitude)`."""
-    return _apply(randaugment_actions(magnitude), rows, image)
+    return _in_turn(randaugment_actions(magnitude), rows, image)
 
 
 def _signed(operation: str, magnitude: float, mirrored: set[str]) -> list[Action]:
     return [(operation, magnitude), (operation, -magnitude if operation in mirrored else magnitude)]
 
 
-def _apply(actions: tuple[Action, ...], rows: jax.Array, image: jax.Array) -> jax.Array:
-    table = _table(actions, *image.shape[:2])
+def _in_turn(actions: tuple[Action, ...], rows: jax.Array, image: jax.Array) -> jax.Array:
+    table = _tabulated(actions, *image.shape[:2])
 
-    def operate(image: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-        return image_ops.apply(table, row, image), None
+    def step(image: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        return image_ops.operate(table, row, image), None
 
-    image, _ = jax.lax.scan(operate, image, rows)
+    image, _ = jax.lax.scan(step, image, rows)
     return image
 
 
-@functools.cache
-def _table(actions: tuple[Action, ...], height: int, width: int) -> image_ops.Table:
-    return image_ops.tabulate(actions, height, width)
+_tabulated = functools.cache(image_ops.tabulate)

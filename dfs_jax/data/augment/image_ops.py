@@ -1,6 +1,6 @@
 """The image operations of AutoAugment, on the device, with the pixels that Pillow gives.
 
-A list of (operation, magnitude) pairs becomes a `Table`; `apply` carries out one row of it on
+A list of (operation, magnitude) pairs becomes a `Table`; `operate` carries out one row of it on
 one uint8 image (H, W, 3). Under `jax.vmap` every image may take another row: instead of one
 branch per operation, of which a mapped `lax.switch` would run all, each image passes through
 three stages whose parameters come from its row, and those that its operation does not need
@@ -11,7 +11,7 @@ leave the image as it is:
     blending   degenerate + factor * (image - degenerate), the image enhancements
 
 Whatever Pillow computes in double precision and depends on the row alone is done here once, in
-NumPy. Which operation is drawn with which probability is the business of `autoaugment`.
+NumPy. Which operation is drawn with which probability is the business of `autoaugment.py`.
 """
 
 import functools
@@ -55,11 +55,6 @@ class Table(NamedTuple):
 _Row = dict[str, object]
 
 
-def _nothing(magnitude: float, height: int, width: int) -> _Row:
-    del magnitude, height, width
-    return {}
-
-
 def _shear(vertical: bool) -> Callable[..., _Row]:
     def row(magnitude: float, height: int, width: int) -> _Row:
         lines = np.arange(max(height, width))
@@ -88,25 +83,13 @@ def _rotate(magnitude: float, height: int, width: int) -> _Row:
     radians = -math.radians(magnitude)
     cos, sin = round(math.cos(radians), 15), round(math.sin(radians), 15)
     x, y = width / 2, height / 2  # the centre stays where it is
-    real = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
-    a, b, c, d, e, f = real
+    a, b, c, d, e, f = cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
     to_fixed = (a, b, c + 0.5 * a + 0.5 * b, d, e, f + 0.5 * d + 0.5 * e)
     return {"matrix": tuple(math.floor(value * _ONE + 0.5) for value in to_fixed)}
 
 
-def _posterize(magnitude: float, height: int, width: int) -> _Row:
-    del height, width
-    return {"mask": 256 - (1 << (8 - int(magnitude)))}
-
-
-def _solarize(magnitude: float, height: int, width: int) -> _Row:
-    del height, width
-    return {"threshold": math.ceil(magnitude)}
-
-
 def _enhance(degenerate: int) -> Callable[..., _Row]:
     def row(magnitude: float, height: int, width: int) -> _Row:
-        del height, width
         factor = np.float32(1 + magnitude)
         # Twelve bits of it, so that products with differences of grey levels are exact.
         upper = (factor.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
@@ -117,15 +100,17 @@ def _enhance(degenerate: int) -> Callable[..., _Row]:
 
 # The names of the AutoAugment paper (arXiv 1805.09501, table 6), with what its magnitude is.
 _OPERATIONS: dict[str, Callable[[float, int, int], _Row]] = {
-    "identity": _nothing,
+    "identity": lambda magnitude, height, width: {},
     "shearX": _shear(vertical=False),  # columns per row
     "shearY": _shear(vertical=True),
     "translateX": _translate(vertical=False),  # share of the width
     "translateY": _translate(vertical=True),
     "rotate": _rotate,  # degrees counter-clockwise
     "color": _enhance(_GREY),  # enhancement factor - 1
-    "posterize": _posterize,  # bits kept, 1 to 8
-    "solarize": _solarize,  # grey levels from here on are inverted
+    # Bits kept, 1 to 8.
+    "posterize": lambda bits, height, width: {"mask": 256 - (1 << (8 - int(bits)))},
+    # Grey levels from here on are inverted.
+    "solarize": lambda level, height, width: {"threshold": math.ceil(level)},
     "contrast": _enhance(_MEAN),
     "sharpness": _enhance(_SMOOTH),
     "brightness": _enhance(_BLACK),
@@ -141,18 +126,18 @@ def tabulate(actions: Sequence[tuple[str, float]], height: int, width: int) -> T
     Operations that have a direction (shears, translations, rotation, enhancements) take their
     sign with the magnitude. Raises ValueError for an unknown operation.
     """
-    size = len(actions), max(height, width)
+    count, lines = len(actions), max(height, width)
     table = Table(
-        matrix=np.tile(np.array([_ONE, 0, 0, 0, _ONE, 0], np.int32), (size[0], 1)),
-        vertical=np.zeros(size[0], bool),
-        shift=np.zeros(size, np.int32),
-        fraction=np.zeros(size, np.float32),
-        mask=np.full(size[0], 255, np.int32),
-        threshold=np.full(size[0], 256, np.int32),
-        stretch=np.zeros(size[0], bool),
-        equalize=np.zeros(size[0], bool),
-        degenerate=np.full(size[0], _BLACK, np.int32),
-        factor=np.tile(np.array([1, 0], np.float32), (size[0], 1)),
+        matrix=np.tile(np.array([_ONE, 0, 0, 0, _ONE, 0], np.int32), (count, 1)),
+        vertical=np.zeros(count, bool),
+        shift=np.zeros((count, lines), np.int32),
+        fraction=np.zeros((count, lines), np.float32),
+        mask=np.full(count, 255, np.int32),
+        threshold=np.full(count, 256, np.int32),
+        stretch=np.zeros(count, bool),
+        equalize=np.zeros(count, bool),
+        degenerate=np.full(count, _BLACK, np.int32),
+        factor=np.tile(np.array([1, 0], np.float32), (count, 1)),
     )
     for i, (name, magnitude) in enumerate(actions):
         if name not in _OPERATIONS:
@@ -162,7 +147,7 @@ def tabulate(actions: Sequence[tuple[str, float]], height: int, width: int) -> T
     return table
 
 
-def apply(table: Table, row: jax.Array, image: jax.Array) -> jax.Array:
+def operate(table: Table, row: jax.Array, image: jax.Array) -> jax.Array:
     """`image` (H, W, 3) uint8 under row `row` () int32 of `table`; the same shape and type.
 
     The pixels are those of Pillow 13, except that a shear may be off by one grey level where

@@ -1,1 +1,1 @@
-"""From stored examples to batches on devices: decoding, sets in memory and in streams, order."""
+"""From stored examples to batches on devices: sets in memory, sets in streams of records."""

@@ -1,6 +1,6 @@
 """`data.backend="grain"`: ARRAY_RECORD files, which have an index of their records.
 
-Grain reads them in threads, in an order that `streams` gives. Grain and array_record are an extra
+Grain reads them in threads, in an order that `order.py` gives. Grain and array_record are an extra
 of the package; they are imported when this backend is chosen.
 """
 

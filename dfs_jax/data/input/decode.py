@@ -109,11 +109,12 @@ class Decoder:
             return tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
 
         def of_others():
-            image = _decode_any(encoded)
+            image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
             top, left, height, width = tf.unstack(self._window(tf.shape(image), seed))
             return image[top : top + height, left : left + width]
 
-        return self._resize(tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others))
+        image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
+        return self._resize(image, (self.size, self.size))
 
     def _window(self, shape: "tf.Tensor", seed: "tf.Tensor") -> "tf.Tensor":
         import tensorflow as tf
@@ -133,7 +134,7 @@ class Decoder:
     def _centre(self, encoded: "tf.Tensor") -> "tf.Tensor":
         import tensorflow as tf
 
-        image = _decode_any(encoded)
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         shape = tf.shape(image)[:2]
         short = round(self.size * _RESIZED)
         scale = tf.cast(short, tf.float64) / tf.cast(tf.reduce_min(shape), tf.float64)
@@ -143,18 +144,11 @@ class Decoder:
         image = image[top : top + self.size, left : left + self.size]
         return tf.ensure_shape(image, (self.size, self.size, 3))
 
-    def _resize(self, image: "tf.Tensor", shape: Any = None) -> "tf.Tensor":
+    def _resize(self, image: "tf.Tensor", shape: Any) -> "tf.Tensor":
         import tensorflow as tf
 
-        shape = (self.size, self.size) if shape is None else shape
         image = tf.image.resize(image, shape, "bilinear", antialias=self.antialias)
         return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
-
-
-def _decode_any(encoded: "tf.Tensor") -> "tf.Tensor":
-    import tensorflow as tf
-
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
 def options() -> "tf.data.Options":

@@ -3,28 +3,33 @@
 A batch is one compiled call that gathers the examples, augments and normalises them, and, where
 images are mixed, a second one. Every random number comes from a key of (seed, step, place in the
 batch), so that batches do not depend on the number of devices. Where the arrays come from is the
-loaders' matter.
+matter of `sets/`.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from dfs_jax.config import ConfigError
 from dfs_jax.data import pipeline
-from dfs_jax.data.augment import chain, mixing, normalization
+from dfs_jax.data.augment.augmentation import Augmentation
+from dfs_jax.data.augment.mixing import Mixing
+from dfs_jax.data.augment.normalization import Statistics, normalise, statistics
 from dfs_jax.data.input import order
+from dfs_jax.data.input.devices import one_ahead, place, replicated
 from dfs_jax.data.pipeline import Batch, Data, Spec
+from dfs_jax.models.inputs import images as image_inputs
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8, labels (N,) integers
 
 
-def create(
+def from_arrays(
     config: ml_collections.ConfigDict,
     *,
     name: str,
@@ -33,10 +38,10 @@ def create(
     test: Arrays,
     class_names: Sequence[str],
 ) -> Data:
-    """Serve arrays as `config` says; needs neither TensorFlow nor its data sets.
+    """Arrays served as `config` says; needs neither TensorFlow nor its data sets.
 
-    `name` is also the entry of `augment.STATISTICS` for `normalization="own"`. An empty split is
-    refused, and so are fields of the configuration that do not fit: ConfigError.
+    `name` is also the entry of `normalization.STATISTICS` for `normalization="own"`. An empty split
+    is refused, and so are fields of the configuration that do not fit: ConfigError.
     """
     pipeline.check_batch(config, devices=1)
     seed = pipeline.check_seed(config)
@@ -44,35 +49,48 @@ def create(
         raise ConfigError(f"data.image_size {config.data.image_size} is negative; 0: as they are")
     splits = {"train": train, "validation": validation, "test": test}
     arrays = {k: _checked(k, v, config.data.image_size) for k, v in splits.items() if v is not None}
-    shape = arrays["train"][0].shape[1:]
-    mean, std = normalization.statistics(config, own=name, channels=shape[-1])
-    augmentation, mixed = chain.from_config(config, shape), mixing.from_config(config)
+    shape, num_classes = arrays["train"][0].shape[1:], len(class_names)
+    scale = statistics(config, own=name, channels=shape[-1])
 
     def held_out(split: str) -> "InMemoryEval":
-        return InMemoryEval(*arrays[split], config.train.eval_batch_size, mean, std)
+        return InMemoryEval(*arrays[split], config.train.eval_batch_size, scale)
 
     return Data(
         train=InMemoryTrain(
             *arrays["train"],
             config.train.batch_size,
             seed,
-            augmentation,
-            mean,
-            std,
-            mixed,
-            len(class_names),
+            Augmentation.from_config(config, shape),
+            scale,
+            Mixing.from_config(config),
+            num_classes,
         ),
         validation=None if validation is None else held_out("validation"),
         test=held_out("test"),
         spec=Spec(
             name=name,
-            image_shape=shape,
-            num_classes=len(class_names),
+            inputs=image_inputs(shape),
+            num_classes=num_classes,
             class_names=tuple(class_names),
             train_size=len(train[1]),
             validation_size=0 if validation is None else len(validation[1]),
             test_size=len(test[1]),
         ),
+    )
+
+
+def from_splits(
+    config: ml_collections.ConfigDict, splits: Mapping[str, Arrays], class_names: Sequence[str]
+) -> Data:
+    """`from_arrays` of splits `train`, whose end is held out for validation, and `test`."""
+    train, validation = hold_out(splits["train"], config.data.validation_size)
+    return from_arrays(
+        config,
+        name=config.data.name,
+        train=train,
+        validation=validation,
+        test=splits["test"],
+        class_names=class_names,
     )
 
 
@@ -119,106 +137,74 @@ class InMemoryTrain:
         labels: np.ndarray,
         batch_size: int,
         seed: int,
-        augmentation: chain.Augmentation,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        mixed: mixing.Mixing,
+        augmentation: Augmentation,
+        scale: Statistics,
+        mixing: Mixing,
         num_classes: int,
     ):
         self.size = len(labels)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._augmentation, self._mean, self._std = augmentation, mean, std
-        self._mixed, self._num_classes = mixed, num_classes
-        self._resident = _Resident(images, labels, self._batch)
+        self._batch_size, self._seed = batch_size, seed
+        self._augmentation, self._scale = augmentation, scale
+        self._mixing, self._num_classes = mixing, num_classes
+        self._resident = _resident(images, labels, self._batch)
 
     def batches(self, start: int, sharding: NamedSharding | None = None) -> Iterator[Batch]:
         """See `pipeline.TrainSource`."""
-        batch_of = self._resident.on(sharding)
-        mix = mixing.compiled(self._mixed, self._seed, self._num_classes, sharding)
+        batch_of = self._resident(sharding)
+        mix = self._mixing.compiled(self._seed, self._num_classes, sharding)
 
         def make(step: int) -> Batch:
             indices = order.train_indices(self.size, self._batch_size, self._seed, step)
-            number = pipeline.place(np.uint32(step), _replicated(sharding))
-            return mix(batch_of(pipeline.place(indices, sharding), number), number)
+            number = place(np.uint32(step), replicated(sharding))
+            return mix(batch_of(place(indices, sharding), number), number)
 
-        return _one_ahead(make(step) for step in itertools.count(start))
+        return one_ahead(make(step) for step in itertools.count(start))
 
     def _batch(self, images, labels, indices, step):
-        key = jax.random.fold_in(jax.random.key(self._seed, impl="threefry2x32"), step)
-
-        def example(place, image):
-            return chain.apply(self._augmentation, jax.random.fold_in(key, place), image)
-
-        augmented = jax.vmap(example)(jnp.arange(len(indices), dtype=jnp.uint32), images[indices])
-        return {
-            "image": normalization.normalise(augmented, self._mean, self._std),
-            "label": labels[indices],
-        }
+        images = self._augmentation.apply_to_batch(self._seed, step, images[indices])
+        return {"image": normalise(images, *self._scale), "label": labels[indices]}
 
 
 class InMemoryEval:
     """A `pipeline.EvalSource` over arrays."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        batch_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int, scale: Statistics):
         self.size = len(labels)
         self.num_batches = -(-self.size // batch_size)
-        self._batch_size = batch_size
-        self._mean, self._std = mean, std
-        self._resident = _Resident(images, labels, self._batch)
+        self._batch_size, self._scale = batch_size, scale
+        self._resident = _resident(images, labels, self._batch)
 
     def batches(self, sharding: NamedSharding | None = None) -> Iterator[Batch]:
         """See `pipeline.EvalSource`."""
-        batch_of = self._resident.on(sharding)
+        batch_of = self._resident(sharding)
 
         def make(number: int) -> Batch:
             positions = np.arange(self._batch_size, dtype=np.int32) + number * self._batch_size
-            return batch_of(pipeline.place(positions, sharding))
+            return batch_of(place(positions, sharding))
 
-        return _one_ahead(make(number) for number in range(self.num_batches))
+        return one_ahead(make(number) for number in range(self.num_batches))
 
     def _batch(self, images, labels, positions):
         indices = jnp.minimum(positions, self.size - 1)
         return {
-            "image": normalization.normalise(images[indices], self._mean, self._std),
+            "image": normalise(images[indices], *self._scale),
             "label": labels[indices],
             "mask": positions < self.size,
         }
 
 
-class _Resident:
-    """Arrays placed once for each sharding, with the compiled function that reads them."""
+def _resident(
+    images: np.ndarray, labels: np.ndarray, batch: Callable[..., Batch]
+) -> Callable[[NamedSharding | None], Callable[..., Batch]]:
+    """The compiled `batch` under a sharding, with the arrays that it reads placed there once."""
+    arrays = images, labels.astype(np.int32)
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, batch: Callable[..., Batch]):
-        self._arrays = images, labels.astype(np.int32)
-        self._batch = batch
-        self._placed: dict[NamedSharding | None, Callable[..., Batch]] = {}
+    @functools.cache
+    def on(sharding: NamedSharding | None) -> Callable[..., Batch]:
+        placed = [place(array, replicated(sharding)) for array in arrays]
+        return functools.partial(jax.jit(batch, out_shardings=sharding), *placed)
 
-    def on(self, sharding: NamedSharding | None) -> Callable[..., Batch]:
-        if sharding not in self._placed:
-            everywhere = _replicated(sharding)
-            images, labels = (pipeline.place(array, everywhere) for array in self._arrays)
-            compiled = jax.jit(self._batch, out_shardings=sharding)
-            self._placed[sharding] = lambda *choice: compiled(images, labels, *choice)
-        return self._placed[sharding]
-
-
-def _replicated(sharding: NamedSharding | None) -> NamedSharding | None:
-    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-
-
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each dispatched while its predecessor is in use."""
-    # pairwise asks for the next batch before it hands out the present one.
-    for ready, _ in itertools.pairwise(itertools.chain(batches, [None])):
-        yield ready
+    return on
 
 
 def _checked(split: str, arrays: Arrays, side: int) -> Arrays:

@@ -56,6 +56,38 @@ class Streams:
     batch_size: int
     seed: int
 
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict, size: int, hosts: int) -> "Streams":
+        """The streams of `config` over `size` training records, checked for `hosts` hosts.
+
+        Raises ConfigError when the batch size, the hosts and the streams do not divide each other.
+        """
+        count, batch_size = config.data.streams, config.train.batch_size
+        if count < 1:
+            raise ConfigError(f"data.streams {count} is not positive")
+        if batch_size % count:
+            raise ConfigError(
+                f"train.batch_size {batch_size} is not a multiple of data.streams {count}, each of "
+                f"which gives as many rows; take {-(-batch_size // count) * count}, or set "
+                f"data.streams to a divisor of {batch_size}"
+            )
+        if count % hosts:
+            raise ConfigError(
+                f"data.streams {count} cannot be shared evenly by {hosts} hosts; "
+                f"take {-(-count // hosts) * hosts}, or another multiple of {hosts}"
+            )
+        if config.train.eval_batch_size % hosts:
+            raise ConfigError(
+                f"train.eval_batch_size {config.train.eval_batch_size} cannot be shared evenly by "
+                f"{hosts} hosts; take a multiple of {hosts}"
+            )
+        if size < count:
+            raise ConfigError(
+                f"data.streams {count} is more than the {size} training examples; take at most "
+                f"{size}"
+            )
+        return cls(count, size, batch_size, config.data.seed)
+
     @property
     def rows_per_stream(self) -> int:
         """Rows of every batch that come from one stream."""
@@ -90,46 +122,14 @@ class Streams:
 
         Within an epoch of a stream the order is a uniformly random one.
         """
-        positions = step * self.rows_per_stream + rows % self.rows_per_stream
-        result = np.empty(len(rows), np.int64)
-        for i, (stream, position) in enumerate(
-            zip(rows // self.rows_per_stream, positions, strict=True)
-        ):
-            first, last = self.bounds(int(stream))
-            epoch, done = divmod(int(position), last - first)
-            result[i] = first + _order(last - first, self.seed, epoch, int(stream))[done]
-        return result
 
+        def record(row: int) -> int:
+            stream, place = divmod(row, self.rows_per_stream)
+            first, last = self.bounds(stream)
+            epoch, done = divmod(step * self.rows_per_stream + place, last - first)
+            return first + _order(last - first, self.seed, epoch, stream)[done]
 
-def create(config: ml_collections.ConfigDict, size: int, hosts: int) -> Streams:
-    """The streams of `config` over `size` training records, checked for `hosts` hosts.
-
-    Raises ConfigError when the batch size, the hosts and the streams do not divide each other.
-    """
-    count, batch_size = config.data.streams, config.train.batch_size
-    if count < 1:
-        raise ConfigError(f"data.streams {count} is not positive")
-    if batch_size % count:
-        raise ConfigError(
-            f"train.batch_size {batch_size} is not a multiple of data.streams {count}, each of "
-            f"which gives as many rows; take {-(-batch_size // count) * count}, or set "
-            f"data.streams to a divisor of {batch_size}"
-        )
-    if count % hosts:
-        raise ConfigError(
-            f"data.streams {count} cannot be shared evenly by {hosts} hosts; "
-            f"take {-(-count // hosts) * hosts}, or another multiple of {hosts}"
-        )
-    if config.train.eval_batch_size % hosts:
-        raise ConfigError(
-            f"train.eval_batch_size {config.train.eval_batch_size} cannot be shared evenly by "
-            f"{hosts} hosts; take a multiple of {hosts}"
-        )
-    if size < count:
-        raise ConfigError(
-            f"data.streams {count} is more than the {size} training examples; take at most {size}"
-        )
-    return Streams(count, size, batch_size, config.data.seed)
+        return np.array([record(row) for row in rows.tolist()], np.int64)
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Where stored records come from: the contract of a split, and TFRECORD files.
 
 A split is numbered 0 to size - 1 in stored order. Files can be read from front to back (TFRECORD,
-here) or at any place (`folder`, `grain_backend`, which share `Indexed`). What is in a record is
-known to its `parse` alone; what becomes of it is in `decode`.
+here) or at any place (`Indexed`: image files, ARRAY_RECORD). What is in a record is known to its
+`parse` alone; what becomes of it is in `decode.py`.
 """
 
 import bisect
@@ -31,26 +31,21 @@ class Records(Protocol):
 
     def where(self, index: int) -> str:
         """Record `index` as a message names it: its file, and its place there."""
-        ...
 
     def parse(self, raw: "tf.Tensor", index: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
         """Encoded image () string and label () integer of a record; in a TensorFlow graph."""
-        ...
 
     def shuffled(self, streams: Streams, start: int, rows: np.ndarray) -> "tf.data.Dataset":
         """Without an end: (record, its number) of `rows` (n,) of steps `start`, `start` + 1, ..."""
-        ...
 
     def ordered(self, first: int, last: int) -> "tf.data.Dataset":
         """(record, its number) for records `first` to `last` - 1, in stored order."""
-        ...
 
 
 def parse_example(raw: "tf.Tensor", index: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
     """`Records.parse` for what TFDS stores when the features are `image` and `label`."""
     import tensorflow as tf
 
-    del index
     features = {
         "image": tf.io.FixedLenFeature((), tf.string),
         "label": tf.io.FixedLenFeature((), tf.int64),
@@ -80,12 +75,10 @@ class Files:
         """(k, 4) int64: file, records to pass over, records to read, number of the first."""
         starts = self.starts
         pieces = []
-        for file in range(max(bisect.bisect_right(starts, first) - 1, 0), len(self.paths)):
+        for file in range(bisect.bisect_right(starts, first) - 1, bisect.bisect_left(starts, last)):
             low, high = max(first, starts[file]), min(last, starts[file + 1])
             if high > low:
                 pieces.append((file, low - starts[file], high - low, low))
-            if starts[file + 1] >= last:
-                break
         return np.array(pieces, np.int64).reshape(-1, 4)
 
 

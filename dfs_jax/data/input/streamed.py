@@ -1,9 +1,10 @@
 """Data sets too large for memory: decoded on the host while training runs, finished on the device.
 
-`create` serves any `records.Records` by the contract of `pipeline`. Each host reads the records
-of its own rows (`streams` says which), decodes and crops them (`decode`), and puts uint8 pixels on
-its devices, where they are augmented and normalised, with keys of (seed, step, row) as for sets in
-memory. Here too is what happens to records that cannot be used. Files are other modules' matter.
+`from_records` serves any `Records` by the contract of `pipeline.py`. Each host reads the records
+of its own rows (`order.py` says which), decodes and crops them (`decode.py`), and puts uint8 pixels
+on its devices, where they are augmented and normalised, with keys of (seed, step, row) as for sets
+in memory. Here too is what happens to records that cannot be used. What files they are in is the
+matter of `records.py` and `sets/`.
 
 Going on in the middle of an epoch takes no time for files with an index (`records.Indexed`). For
 TFRECORD files it takes as long as reading the epoch's records so far without decoding them: a core
@@ -11,22 +12,25 @@ passes about 27,000 ImageNet records (2.8 GB) a second, so that the disk decides
 dfs_jax.benchmark --input_only --start STEP` tells.
 """
 
-import itertools
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from dfs_jax.config import ConfigError
 from dfs_jax.data import pipeline
-from dfs_jax.data.augment import chain, mixing, normalization
+from dfs_jax.data.augment import normalization
+from dfs_jax.data.augment.augmentation import Augmentation
+from dfs_jax.data.augment.mixing import Mixing
 from dfs_jax.data.input import decode, order
+from dfs_jax.data.input.devices import one_ahead, place, place_rows, replicated
 from dfs_jax.data.input.records import Records
 from dfs_jax.data.pipeline import Batch, Data, DataError, Spec
+from dfs_jax.models.inputs import images as image_inputs
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ HostBatch = dict[str, np.ndarray]  # the rows of a batch that one host makes
 _TOLD = 10  # damaged records that the log names one by one
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError for fields of `config.data` that no streamed set can use."""
     d = config.data
     pipeline.check_batch(config, devices=1)
@@ -57,7 +61,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"data.validation_size {d.validation_size} is negative; 0: none")
 
 
-def create(
+def from_records(
     config: ml_collections.ConfigDict,
     *,
     name: str,
@@ -67,13 +71,13 @@ def create(
     own_validation: Records | None = None,
     statistics: str | None = None,
 ) -> Data:
-    """Serve splits as `config`, which has passed `check`, says.
+    """Records served as `config`, which has passed `check_config`, says.
 
     The validation split is the last `data.validation_size` records of `train`, or, for -1,
     `own_validation`; it is read like the test split. `statistics` is the entry of
-    `augment.STATISTICS` for normalization="own", None if there is none. Raises ConfigError.
+    `normalization.STATISTICS` for normalization="own", None if there is none. Raises ConfigError.
     """
-    hosts, held = jax.process_count(), config.data.validation_size
+    held = config.data.validation_size
     if held == -1 and own_validation is None:
         raise ConfigError(
             f"data.validation_size -1, but {name} has no validation split beside its test split; "
@@ -91,21 +95,17 @@ def create(
         )
     side = config.data.image_size
     size = train.size - max(held, 0)
-    plan = order.create(config, size, hosts)
-    normalisation = normalization.statistics(config, own=statistics or name, channels=3)
+    plan = order.Streams.from_config(config, size, jax.process_count())
+    scale = normalization.statistics(config, own=statistics or name, channels=3)
 
-    def decoder(records: Records) -> decode.Decoder:
-        return decode.Decoder(
+    def rows(records: Records) -> "_Rows":
+        decoder = decode.Decoder(
             records.parse, side, len(class_names), config.data.crop_area, config.data.antialias
         )
+        return _Rows(records, decoder, config.data.on_error)
 
     def evaluated(records: Records, first: int, last: int) -> "StreamedEval":
-        return StreamedEval(
-            _Rows(records, decoder(records), config.data.on_error),
-            (first, last),
-            config.train.eval_batch_size,
-            normalisation,
-        )
+        return StreamedEval(rows(records), (first, last), config.train.eval_batch_size, scale)
 
     if held == -1:
         validation = evaluated(own_validation, 0, own_validation.size)
@@ -113,17 +113,17 @@ def create(
         validation = evaluated(train, size, train.size) if held else None
     return Data(
         train=StreamedTrain(
-            _Rows(train, decoder(train), config.data.on_error),
+            rows(train),
             plan,
-            chain.from_config(config, (side, side, 3)),
-            mixing.from_config(config),
-            normalisation,
+            Augmentation.from_config(config, (side, side, 3)),
+            scale,
+            Mixing.from_config(config),
         ),
         validation=validation,
         test=evaluated(test, 0, test.size),
         spec=Spec(
             name=name,
-            image_shape=(side, side, 3),
+            inputs=image_inputs((side, side, 3)),
             num_classes=len(class_names),
             class_names=tuple(class_names),
             train_size=size,
@@ -140,15 +140,14 @@ class StreamedTrain:
         self,
         rows: "_Rows",
         plan: order.Streams,
-        augmentation: chain.Augmentation,
-        mixed: mixing.Mixing,
-        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+        augmentation: Augmentation,
+        scale: normalization.Statistics,
+        mixing: Mixing,
     ):
         self.size = plan.size
         self._rows, self._plan = rows, plan
-        self._augmentation, self._mixed = augmentation, mixed
-        self._normalisation = normalisation
-        self._finish = _per_sharding(self._finished)
+        self._augmentation, self._scale, self._mixing = augmentation, scale, mixing
+        self._compiled = functools.cache(lambda over: jax.jit(self._finished, out_shardings=over))
 
     @property
     def skipped(self) -> int:
@@ -159,20 +158,19 @@ class StreamedTrain:
         """See `pipeline.TrainSource`; this process decodes the rows of its own devices."""
         size = self._plan.batch_size
         rows = order.process_rows(size, sharding)
-        finish = self._finish(sharding)
-        classes = self._rows.decoder.num_classes
-        mix = mixing.compiled(self._mixed, self._plan.seed, classes, sharding)
+        finish = self._compiled(sharding)
+        mix = self._mixing.compiled(self._plan.seed, self._rows.decoder.num_classes, sharding)
 
         def make(step: int, part: HostBatch) -> Batch:
-            number = pipeline.place(np.uint32(step), _replicated(sharding))
-            return mix(finish(_place_rows(part, rows, size, sharding), number), number)
+            number = place(np.uint32(step), replicated(sharding))
+            return mix(finish(place_rows(part, rows, size, sharding), number), number)
 
-        return _one_ahead(make(*item) for item in enumerate(self.examples(start, rows), start))
+        return one_ahead(make(*item) for item in enumerate(self.examples(start, rows), start))
 
     def examples(self, start: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Rows `rows` (n,) of the batches of steps `start`, ... before what the device does.
 
-        `image` (n, H, W, 3) uint8, `label` (n,) int32. `streams.host_rows` gives the rows of one
+        `image` (n, H, W, 3) uint8, `label` (n,) int32. `order.host_rows` gives the rows of one
         of several hosts. A damaged record raises DataError, or with data.on_error="skip" is
         replaced by the next good row of its stream in the batch, else of the host's rows.
         """
@@ -190,23 +188,17 @@ class StreamedTrain:
         batches = self._rows.decoder.batches(records, len(rows), plan.seed, remainder=False)
         for batch in batches.as_numpy_iterator():
             usable = self._rows.usable(batch)
-            chosen = np.arange(len(rows)) if usable.all() else _replaced(usable, own_stream)
-            if chosen is None:
+            if not usable.any():
                 raise DataError(
                     f"none of the {len(rows)} records of a batch can be used; the first one is "
                     f"{self._rows.records.where(int(batch['index'][0]))}"
                 )
+            chosen = _replaced(usable, own_stream)
             yield {key: batch[key][chosen] for key in ("image", "label")}
 
     def _finished(self, batch, step):
-        key = jax.random.fold_in(jax.random.key(self._plan.seed, impl="threefry2x32"), step)
-
-        def example(place, image):
-            return chain.apply(self._augmentation, jax.random.fold_in(key, place), image)
-
-        places = jnp.arange(len(batch["image"]), dtype=jnp.uint32)
-        images = jax.vmap(example)(places, batch["image"])
-        return {**batch, "image": normalization.normalise(images, *self._normalisation)}
+        images = self._augmentation.apply_to_batch(self._plan.seed, step, batch["image"])
+        return {**batch, "image": normalization.normalise(images, *self._scale)}
 
 
 class StreamedEval:
@@ -221,21 +213,21 @@ class StreamedEval:
         rows: "_Rows",
         extent: tuple[int, int],
         batch_size: int,
-        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+        scale: normalization.Statistics,
     ):
         self.size = extent[1] - extent[0]
         self.num_batches = _num_batches(self.size, batch_size, jax.process_count())
         self._rows, self._extent, self._batch_size = rows, extent, batch_size
-        self._normalisation = normalisation
-        self._finish = _per_sharding(self._finished)
+        self._scale = scale
+        self._compiled = functools.cache(lambda over: jax.jit(self._finished, out_shardings=over))
 
     def batches(self, sharding: NamedSharding | None = None) -> Iterator[Batch]:
         """See `pipeline.EvalSource`; a damaged record that is skipped has mask False."""
         rows = order.process_rows(self._batch_size, sharding)
-        finish = self._finish(sharding)
+        finish = self._compiled(sharding)
         parts = self.examples(jax.process_index(), jax.process_count())
-        return _one_ahead(
-            finish(_place_rows(part, rows, self._batch_size, sharding)) for part in parts
+        return one_ahead(
+            finish(place_rows(part, rows, self._batch_size, sharding)) for part in parts
         )
 
     def examples(self, host: int, hosts: int) -> Iterator[HostBatch]:
@@ -264,7 +256,7 @@ class StreamedEval:
         return {"image": np.zeros((width, side, side, 3), np.uint8), "label": np.zeros(width, "i4")}
 
     def _finished(self, batch):
-        return {**batch, "image": normalization.normalise(batch["image"], *self._normalisation)}
+        return {**batch, "image": normalization.normalise(batch["image"], *self._scale)}
 
 
 class _Rows:
@@ -292,11 +284,9 @@ class _Rows:
         return usable
 
 
-def _replaced(usable: np.ndarray, stream: np.ndarray) -> np.ndarray | None:
-    """For each row (n,) the good one that stands in for it, itself if good; None without any."""
+def _replaced(usable: np.ndarray, stream: np.ndarray) -> np.ndarray:
+    """For each row (n,) the good one that stands in for it, itself if good."""
     good = np.flatnonzero(usable)
-    if not len(good):
-        return None
     chosen = np.arange(len(usable))
     for row in np.flatnonzero(~usable):
         distance = (good - row) % len(usable)
@@ -316,43 +306,3 @@ def _padded(batch: HostBatch, width: int) -> HostBatch:
 def _num_batches(size: int, batch_size: int, hosts: int) -> int:
     longest = -(-size // hosts)
     return -(-longest // (batch_size // hosts))
-
-
-def _place_rows(
-    part: HostBatch, rows: np.ndarray, batch_size: int, sharding: NamedSharding | None
-) -> Batch:
-    """The global batch of which this process has `rows`; transfers are explicit, see `place`."""
-    if sharding is None:
-        return jax.device_put(part)
-
-    def place(array: np.ndarray) -> jax.Array:
-        shape = (batch_size, *array.shape[1:])
-        pieces = []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            wanted = np.arange(batch_size)[index[0]]
-            first = np.searchsorted(rows, wanted[0])
-            pieces.append(jax.device_put(array[first : first + len(wanted)], device))
-        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-
-    return {key: place(array) for key, array in part.items()}
-
-
-def _per_sharding(function: Callable[..., Batch]) -> Callable[..., Callable[..., Batch]]:
-    compiled: dict[NamedSharding | None, Callable[..., Batch]] = {}
-
-    def of(sharding: NamedSharding | None) -> Callable[..., Batch]:
-        if sharding not in compiled:
-            compiled[sharding] = jax.jit(function, out_shardings=sharding)
-        return compiled[sharding]
-
-    return of
-
-
-def _replicated(sharding: NamedSharding | None) -> NamedSharding | None:
-    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-
-
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each sent to the devices while its predecessor is in use."""
-    for ready, _ in itertools.pairwise(itertools.chain(batches, [None])):
-        yield ready

@@ -1,1 +1,1 @@
-"""The data sets, one file each, and how TFDS prepares them."""
+"""The data sets, one file each with `load(config)`; and what TFDS keeps on disk of them."""

@@ -1,7 +1,7 @@
 """Archives that a TFDS builder downloads: at hand and whole, or to be had, or told how to get.
 
 TFDS itself tries for minutes to reach a server. Here it is known within seconds, and before
-TensorFlow is loaded, whether preparing can succeed. Preparing is the matter of `prepared`.
+TensorFlow is loaded, whether preparing can succeed. Preparing is the matter of `builders.py`.
 """
 
 import hashlib
@@ -11,50 +11,54 @@ import urllib.parse
 from typing import TYPE_CHECKING
 
 from dfs_jax.data.pipeline import DataError
-from dfs_jax.data.sets import archives
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-
 _SECONDS = 2.5  # within which a server must answer
 
 
-def check(builder: "tfds.core.DatasetBuilder", downloads: str, manual: str | None = None) -> None:
+def check_available(
+    builder: "tfds.core.DatasetBuilder", data_dir: str, manual: str | None = None
+) -> None:
     """Make sure that each archive of `builder` is at hand or that its server answers.
 
-    An archive is taken from `manual`, where the user puts it (None: the folder of that name in
-    `downloads`), or from what TFDS downloaded before. Raises DataError: for a file in `manual`
-    that is not the published one, and, with all that is needed to get it by hand, for one that
-    cannot be had.
+    An archive is taken from `manual`, where the user puts it (None: `manual_dir`), or from what
+    TFDS downloaded before. Raises DataError: for a file in `manual` that is not the published
+    one, and, with all that is needed to get it by hand, for one that cannot be had.
     """
-    manual = manual or os.path.join(downloads, "manual")
+    manual = manual or manual_dir(data_dir)
     for url, info in (builder.url_infos or {}).items():
         by_hand = os.path.join(manual, info.filename or os.path.basename(url))
         if os.path.exists(by_hand):
             _verify(by_hand, url, info)
-        elif not _downloaded(downloads, info.size):
+        elif not _downloaded(os.path.join(data_dir, "downloads"), info.size):
             failure = _failure(url)
             if failure:
                 raise DataError(
                     f"no connection to {urllib.parse.urlsplit(url).netloc} ({failure}); "
-                    f"{archives.instructions(builder, 'tfrecord')}"
+                    f"{instructions(builder, 'tfrecord')}"
                 )
 
 
 def _verify(path: str, url: str, info) -> None:
     size, expected = os.path.getsize(path), int(info.size)
-    if size == expected:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == info.checksum:
-                return
+    if size != expected:
+        found = f"it has {size:,} bytes instead of {expected:,}"
+    elif sha256(path) != info.checksum:
         found = "its SHA-256 is another one"
     else:
-        found = f"it has {size:,} bytes instead of {expected:,}"
+        return
     raise DataError(
         f"{path} is not the published archive ({found}); replace it by {url} with "
         f"SHA-256 {info.checksum}, or delete it"
     )
+
+
+def sha256(path: str) -> str:
+    """Digest of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _downloaded(downloads: str, size: int) -> bool:

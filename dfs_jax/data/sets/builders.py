@@ -1,36 +1,37 @@
-"""TFDS data sets as arrays: prepared on disk once, then read whole into memory.
+"""TFDS data sets on disk: prepared once, then read whole into memory or record by record.
 
-Knows about TensorFlow, which it imports when called and keeps off accelerators. What is in a
-data set is its builder's matter, what becomes of the arrays that of `in_memory`, and whether
-its archives can be had that of `archives`.
+Small ones are prepared when first asked for (`open_or_prepare`), large ones by a command beforehand
+(`open_prepared`, `records_of`). Knows about TensorFlow, which it imports when called and keeps off
+accelerators. What is in a data set is its builder's matter, whether its archives can be had that of
+`archives.py`.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import ml_collections
 import numpy as np
 
 from dfs_jax.data.input.in_memory import Arrays
+from dfs_jax.data.input.records import Files, Records, TFRecords, first_missing
 from dfs_jax.data.pipeline import DataError
 from dfs_jax.data.sets import archives
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-
-def read(
-    builder_class: "type[tfds.core.DatasetBuilder]", data_dir: str | None, sizes: Mapping[str, int]
-) -> dict[str, Arrays]:
-    """`read_splits` of the builder that `open_builder` makes ready."""
-    return read_splits(open_builder(builder_class, data_dir), sizes)
+FORMATS = {"tf": "tfrecord", "grain": "array_record"}  # that a backend reads
 
 
-def open_builder(
-    builder_class: "type[tfds.core.DatasetBuilder]", data_dir: str | None
+def open_or_prepare(
+    builder_class: "type[tfds.core.DatasetBuilder]",
+    data_dir: str | None,
+    variant: str | None = None,
 ) -> "tfds.core.DatasetBuilder":
-    """A builder whose data are prepared in `data_dir` (None: TFDS's own place).
+    """A builder, of `variant` if there are some, whose data are in `data_dir` (None: TFDS's own).
 
     Prepares them first where that has not been done; several processes may do so at once.
     Raises DataError when the prepared data cannot be read, naming the directory, and when an
@@ -39,14 +40,26 @@ def open_builder(
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+    make = functools.partial(builder_class, config=variant, data_dir=data_dir)
     # Without a builder its directory is unknown; the data set's holds it, and nothing else.
-    with _blames(os.path.join(data_dir, builder_class.name)):
-        builder = builder_class(data_dir=data_dir)
-    if not builder.data_path.exists():
-        archives.check(builder, os.path.join(data_dir, "downloads"))
-        hide_accelerators()
-        builder = _prepare(builder, builder_class, data_dir)
-    return builder
+    with _blames(os.path.join(data_dir, builder_class.name, *filter(None, [variant]))):
+        builder = make()
+    if builder.data_path.exists():
+        return builder
+    archives.check_available(builder, data_dir)
+    hide_accelerators()
+    # TFDS writes to a directory of its own and renames that at the end. So an interruption
+    # leaves nothing that is taken for finished data, and of several processes one wins.
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except Exception:  # a failed rename has another class on every file system
+        if not builder.data_path.exists():
+            raise
+    # The loser's builder describes files that it has removed again.
+    with _blames(builder.data_dir):
+        return make()
 
 
 def read_splits(builder: "tfds.core.DatasetBuilder", sizes: Mapping[str, int]) -> dict[str, Arrays]:
@@ -60,6 +73,60 @@ def read_splits(builder: "tfds.core.DatasetBuilder", sizes: Mapping[str, int]) -
         return {split: _read_split(builder, split, size) for split, size in sizes.items()}
 
 
+def open_prepared(
+    name: str, config: ml_collections.ConfigDict, how_to_prepare: Callable[[str, str], str]
+) -> "tfds.core.DatasetBuilder":
+    """The builder of data that have been prepared in the format that `data.backend` reads.
+
+    Raises DataError with `how_to_prepare(directory, format)` where there are none, at once and
+    without a network; and one that names the directory where they cannot be read.
+    """
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    wanted = FORMATS[config.data.backend]
+    place = os.path.expanduser(config.data.dir or tfds.core.constants.DATA_DIR)
+    if not (epath.Path(place) / name.split("/")[0].split(":")[0]).exists():
+        raise DataError(how_to_prepare(place, wanted))  # before TFDS looks for the data elsewhere
+    try:
+        builder = tfds.builder(name, data_dir=place, try_gcs=False)
+        found = builder.info.file_format.value if builder.data_path.exists() else None
+    except Exception as error:  # TFDS, JSON and protocol buffers have no common class
+        raise DataError(
+            f"the prepared data of {name} in {place} cannot be read "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    if found is None:
+        raise DataError(how_to_prepare(place, wanted))
+    if found != wanted:
+        other = next((b for b, format_ in FORMATS.items() if format_ == found), None)
+        raise DataError(
+            f"data.backend {config.data.backend!r} reads {wanted} files, but {name} in {place} was "
+            f"prepared as {found}; "
+            + (f"take data.backend {other!r}, or " if other else "")
+            + f"prepare it again in another data.dir with --file_format={wanted}"
+        )
+    return builder
+
+
+def records_of(
+    builder: "tfds.core.DatasetBuilder", split: str, config: ml_collections.ConfigDict
+) -> Records:
+    """The records of a split. Raises DataError, naming the file, when one is not there."""
+    info = builder.info.splits[split]
+    if not info.num_examples:
+        raise DataError(f"split {split!r} of {builder.info.full_name} is empty")
+    files = Files(tuple(os.fspath(path) for path in info.filepaths), tuple(info.shard_lengths))
+    missing = first_missing(files.paths)
+    if missing:
+        raise DataError(f"{missing} is missing; prepare {builder.info.full_name} anew")
+    if config.data.backend == "grain":
+        from dfs_jax.data.input.array_records import ArrayRecords
+
+        return ArrayRecords(files)
+    return TFRecords(files, config.data.shuffle_buffer)
+
+
 def hide_accelerators() -> None:
     """Keep TensorFlow off GPUs and TPUs, whose memory it would otherwise take from JAX."""
     import tensorflow as tf
@@ -68,23 +135,6 @@ def hide_accelerators() -> None:
         # TensorFlow refuses once it runs; then whoever started it has chosen its devices.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], kind)
-
-
-def _prepare(builder, builder_class, data_dir):
-    import tensorflow_datasets as tfds
-
-    # TFDS writes to a directory of its own and renames that at the end. So an interruption
-    # leaves nothing that is taken for finished data, and of several processes one wins.
-    try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
-    except Exception:  # a failed rename has another class on every file system
-        if not builder.data_path.exists():
-            raise
-    # The loser's builder describes files that it has removed again.
-    with _blames(builder.data_dir):
-        return builder_class(data_dir=data_dir)
 
 
 def _read_split(builder, split: str, size: int) -> Arrays:

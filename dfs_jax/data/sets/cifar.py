@@ -13,21 +13,13 @@ from dfs_jax.data.pipeline import Data
 from dfs_jax.data.sets import builders
 
 
-def load(config: ml_collections.ConfigDict, name: str) -> Data:
-    """The splits of `name`, "cifar10" or "cifar100", as `config` says.
+def load(config: ml_collections.ConfigDict) -> Data:
+    """CIFAR-10 or CIFAR-100 as `config` says.
 
     Raises DataError, saying what to download and where to put it, where the data are not
     prepared and there is no network.
     """
-    builder = builders.open_builder(tfds.builder_cls(name), config.data.dir)
+    builder = builders.open_or_prepare(tfds.builder_cls(config.data.name), config.data.dir)
     sizes = {split: builder.info.splits[split].num_examples for split in ("train", "test")}
     arrays = builders.read_splits(builder, sizes)
-    train, validation = in_memory.hold_out(arrays["train"], config.data.validation_size)
-    return in_memory.create(
-        config,
-        name=name,
-        train=train,
-        validation=validation,
-        test=arrays["test"],
-        class_names=builder.info.features["label"].names,
-    )
+    return in_memory.from_splits(config, arrays, builder.info.features["label"].names)

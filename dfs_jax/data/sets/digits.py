@@ -38,7 +38,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
         chosen = order.permutation(sum(SIZES.values()), _SPLIT_SEED, 0)
         parts = np.split(chosen, np.cumsum(list(SIZES.values()))[:-1])
         return {
@@ -59,16 +58,9 @@ def load(config: ml_collections.ConfigDict) -> Data:
 
     Any other number of validation examples is the last ones of both splits joined.
     """
-    arrays = builders.read(Digits, config.data.dir, SIZES)
+    arrays = builders.read_splits(builders.open_or_prepare(Digits, config.data.dir), SIZES)
     joined = tuple(
         np.concatenate(pair) for pair in zip(arrays["train"], arrays["validation"], strict=True)
     )
-    train, validation = in_memory.hold_out(joined, config.data.validation_size)
-    return in_memory.create(
-        config,
-        name="digits",
-        train=train,
-        validation=validation,
-        test=arrays["test"],
-        class_names=[str(digit) for digit in range(10)],
-    )
+    splits = {"train": joined, "test": arrays["test"]}
+    return in_memory.from_splits(config, splits, [str(digit) for digit in range(10)])

@@ -1,7 +1,7 @@
 """Double digits: two handwritten digits on a coloured ground, 100 or 10 classes, no download.
 
 Here is what is drawn for which split, and the TFDS builder; how a picture is drawn is in
-`double_digits_drawing`. `python -m dfs_jax.data.double_digits` shows the pictures.
+`double_digits_drawing.py`. `python -m dfs_jax.data.double_digits` shows the pictures.
 """
 
 from collections.abc import Iterator
@@ -10,38 +10,20 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dfs_jax.data.augment import normalization
 from dfs_jax.data.input import in_memory, order
 from dfs_jax.data.pipeline import Data
-from dfs_jax.data.sets import builders, double_digits_drawing
+from dfs_jax.data.sets import builders
+from dfs_jax.data.sets import double_digits_drawing as drawing
 
-VARIANTS = tuple(double_digits_drawing.STYLES)
-
+VARIANTS = tuple(drawing.STYLES)
 
 # The parts, with the pictures and the source digits of each. The first two are the training
 # split: its last pictures, which are held out for validation, have sources of their own too.
 PICTURES = {"train": 45_000, "validation": 5_000, "test": 10_000}
-
-
 SOURCES = {"train": 1197, "validation": 240, "test": 360}
-
-
 SPLITS = {"train": ("train", "validation"), "test": ("test",)}
 
-
 _SEED = 0  # of the sources' shares and of all that is drawn; changing it needs a new VERSION
-
-
-# For normalization "own", which looks here under a data set's name; printed by the command above.
-normalization.STATISTICS.update(
-    {
-        "double_digits/clean": ((0.500091, 0.499985, 0.499718), (0.137520, 0.123947, 0.137226)),
-        "double_digits/hard": ((0.500253, 0.499963, 0.499535), (0.218908, 0.172702, 0.218059)),
-    }
-)
-
-
-normalization.STATISTICS["double_digits/units"] = normalization.STATISTICS["double_digits/clean"]
 
 
 class DoubleDigits(tfds.core.GeneratorBasedBuilder):
@@ -61,9 +43,7 @@ class DoubleDigits(tfds.core.GeneratorBasedBuilder):
             homepage="https://archive.ics.uci.edu/dataset/80",
             features=tfds.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(
-                        shape=(double_digits_drawing.SIDE, double_digits_drawing.SIDE, 3)
-                    ),
+                    "image": tfds.features.Image(shape=(drawing.SIDE, drawing.SIDE, 3)),
                     "label": tfds.features.ClassLabel(names=class_names()),
                 }
             ),
@@ -72,11 +52,12 @@ class DoubleDigits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str):
-        blocks = (block for part in SPLITS[split] for block in draw(self.builder_config.name, part))
+        blocks = (
+            block for part in SPLITS[split] for block in pictures(self.builder_config.name, part)
+        )
         examples = (example for block in blocks for example in zip(*block, strict=True))
         for key, (image, label) in enumerate(examples):
             yield key, {"image": image, "label": int(label)}
@@ -84,7 +65,7 @@ class DoubleDigits(tfds.core.GeneratorBasedBuilder):
 
 def class_names() -> list[str]:
     """The tens and the units digit of each class: "00" to "99"."""
-    return [f"{label:02d}" for label in range(double_digits_drawing.CLASSES)]
+    return [f"{label:02d}" for label in range(drawing.CLASSES)]
 
 
 # What a configuration can ask for: which pictures, and the names of the classes. With ten of them
@@ -109,43 +90,23 @@ def sources(part: str) -> tuple[np.ndarray, np.ndarray]:
     return digits.images[chosen] / 16, digits.target[chosen]
 
 
-def draw(
+def pictures(
     variant: str, part: str, count: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first `count` pictures of `part` (None: all), in blocks: see `drawing.draw`."""
     count = PICTURES[part] if count is None else count
     seed = (_SEED, list(PICTURES).index(part))
-    return double_digits_drawing.draw(
-        double_digits_drawing.STYLES[variant], *sources(part), seed, count
-    )
+    return drawing.draw(drawing.STYLES[variant], *sources(part), seed, count)
 
 
-def load(config: ml_collections.ConfigDict, task: str) -> Data:
-    """The pictures of `task` as `config` says; validation is the end of the training split.
+def load(config: ml_collections.ConfigDict) -> Data:
+    """The pictures as `config` says; validation is the end of the training split.
 
     Up to `data.validation_size=5000` validation shares no source digit with training.
     """
-    variant, classes = TASKS[task]
+    variant, classes = TASKS[config.data.name.removeprefix("double_digits/")]
     sizes = {split: sum(PICTURES[part] for part in parts) for split, parts in SPLITS.items()}
-    arrays = builders.read(_Variant(variant), config.data.dir, sizes)
+    builder = builders.open_or_prepare(DoubleDigits, config.data.dir, variant)
+    arrays = builders.read_splits(builder, sizes)
     arrays = {k: (images, labels % len(classes)) for k, (images, labels) in arrays.items()}
-    train, validation = in_memory.hold_out(arrays["train"], config.data.validation_size)
-    return in_memory.create(
-        config,
-        name=f"double_digits/{task}",
-        train=train,
-        validation=validation,
-        test=arrays["test"],
-        class_names=classes,
-    )
-
-
-class _Variant:
-    """What `prepared.read` takes for a builder class: DoubleDigits with its variant chosen."""
-
-    def __init__(self, variant: str):
-        self._variant = variant
-        self.name = f"{DoubleDigits.name}/{variant}"  # the directory of its versions
-
-    def __call__(self, *, data_dir: str | None) -> DoubleDigits:
-        return DoubleDigits(config=self._variant, data_dir=data_dir)
+    return in_memory.from_splits(config, arrays, classes)

@@ -4,7 +4,7 @@ Numpy alone, a block of pictures at a time. Everything random is uniform numbers
 the bits of a counter-based generator, and pixels come from sums, products, quotients and
 roundings in float64, which every machine rounds alike; sines, matrix products and sums over
 axes do not have that property and are avoided. So a seed gives the same bytes everywhere.
-Which digits are drawn for which split, and how pictures are stored, is in `double_digits`.
+Which digits are drawn for which split, and how pictures are stored, is in `double_digits.py`.
 """
 
 import dataclasses
@@ -67,21 +67,12 @@ STYLES = {
 def draw(
     style: Style, digits: np.ndarray, targets: np.ndarray, seed: tuple[int, ...], count: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `count` pictures of an endless row that `seed` chooses, in blocks.
+    """The first `count` pictures of an endless row that `seed`, integers >= 0, chooses.
 
-    Args:
-      style: one of STYLES, or another.
-      digits: (N, 8, 8) ink from 0 (none) to 1, the sources.
-      targets: (N,) integers 0-9, the digit that each source shows.
-      seed: non-negative integers.
-      count: number of pictures; it changes none of them.
-
-    Yields:
-      Images (B, 32, 32, 3) uint8 and labels (B,) int64, where B is BLOCK but for the last block.
-      A whole block holds each class equally often, in random order.
-
-    Raises:
-      ValueError: not all ten digits are among the sources.
+    Source `digits` (N, 8, 8) are ink from 0 (none) to 1 and show `targets` (N,) in 0-9. Yields
+    images (B, 32, 32, 3) uint8 and labels (B,) int64, where B is BLOCK but for the last block.
+    A whole block holds each class equally often, in random order. Raises ValueError unless all
+    ten digits are among the sources.
     """
     if not np.array_equal(np.unique(targets), np.arange(10)):
         raise ValueError(f"sources must show all ten digits, not {np.unique(targets).tolist()}")

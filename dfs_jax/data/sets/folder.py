@@ -29,27 +29,26 @@ _ORDER_SEED = 0  # of which training images are held out
 
 def load(config: ml_collections.ConfigDict) -> Data:
     """The image folders as `config` says. Raises ConfigError or DataError, naming the folder."""
-    streamed.check(config)
+    streamed.check_config(config)
     if not config.data.dir:
         raise ConfigError("data.dir: give the folder that holds train/CLASS/*.jpg")
     root = epath.Path(config.data.dir).expanduser()
     if not (root / "train").is_dir():
         raise DataError(f"there is no folder {root / 'train'}; it should hold a folder per class")
     classes = [folder.name for folder in _folders(root / "train")]
-    if not classes:
-        raise DataError(f"{root / 'train'} has no folders; it should hold one per class")
     splits = {
         name: _read_split(root / name, classes)
         for name in ("train", "val", "test")
         if (root / name).is_dir()
     }
     # Sorted by class as they are, the last images would all be of one class.
-    train = splits["train"].reordered(_ORDER_SEED)
+    train = splits["train"]
+    train = train.chosen(order.permutation(train.size, _ORDER_SEED, 0))
     if "test" in splits or "val" in splits:
         test = splits.get("test") or splits["val"]
     else:
         train, test = _split_off(train, config.data.validation_size, root)
-    return streamed.create(
+    return streamed.from_records(
         config,
         name=root.name,
         train=train,
@@ -76,20 +75,12 @@ class Images(Indexed):
 
         return tf.io.read_file(raw), tf.gather(tf.constant(self._labels), index)
 
-    def reordered(self, seed: int) -> "Images":
-        """The same images in an order that `seed` gives."""
-        return self._chosen(order.permutation(self.size, seed, 0))
-
-    def divided(self, size: int) -> tuple["Images", "Images"]:
-        """The first images, and the last `size`."""
-        numbers = np.arange(self.size)
-        return self._chosen(numbers[:-size]), self._chosen(numbers[-size:])
-
-    def _chosen(self, numbers: np.ndarray) -> "Images":
+    def chosen(self, numbers: np.ndarray) -> "Images":
+        """The images `numbers` (n,), in this order."""
         return Images([self._paths[i] for i in numbers], self._labels[numbers])
 
     def _read(self, number: Callable[[int], int], count: int, ahead: int) -> Iterator[bytes]:
-        del ahead  # files are read where they are decoded, many at once
+        # The files themselves are read where they are decoded, many at once.
         return (os.fsencode(self._paths[number(k)]) for k in range(count))
 
 
@@ -123,4 +114,5 @@ def _split_off(train: Images, size: int, root: epath.Path) -> tuple[Images, Imag
             f"out for testing and as many for validation; {size} does not fit, give 1 to "
             f"{(train.size - 1) // 2}"
         )
-    return train.divided(size)
+    numbers = np.arange(train.size)
+    return train.chosen(numbers[:-size]), train.chosen(numbers[-size:])

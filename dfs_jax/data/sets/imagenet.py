@@ -4,7 +4,6 @@ Read in streams from what TFDS prepares. The archives are only given to those wh
 they cannot be downloaded here; `verify` makes sure that they are the published ones.
 """
 
-import hashlib
 import os
 import re
 import tarfile
@@ -13,7 +12,8 @@ import ml_collections
 
 from dfs_jax.data.input import streamed
 from dfs_jax.data.pipeline import Data, DataError
-from dfs_jax.data.sets import tfds
+from dfs_jax.data.sets import builders
+from dfs_jax.data.sets.archives import manual_dir, sha256
 
 NAME = "imagenet2012"
 
@@ -34,17 +34,16 @@ _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 def load(config: ml_collections.ConfigDict) -> Data:
     """ImageNet as `config` says. Raises DataError, saying what to do, where it is not prepared."""
-    streamed.check(config)
-    file_format = tfds.FORMATS[config.data.backend]
-    builder = tfds.open_builder(NAME, config, lambda place: instructions(place, file_format))
+    streamed.check_config(config)
+    builder = builders.open_prepared(NAME, config, instructions)
     for split in ("train", "validation"):
         if split not in builder.info.splits:
             raise DataError(f"the ImageNet in {builder.data_path} has no split {split!r}")
-    return streamed.create(
+    return streamed.from_records(
         config,
         name=NAME,
-        train=tfds.records_of(builder, "train", config),
-        test=tfds.records_of(builder, "validation", config),
+        train=builders.records_of(builder, "train", config),
+        test=builders.records_of(builder, "validation", config),
         class_names=builder.info.features["label"].names,
         statistics="imagenet",
     )
@@ -59,7 +58,7 @@ def instructions(data_dir: str, file_format: str) -> str:
     option = f" --file_format={file_format}" if file_format != "tfrecord" else ""
     return (
         f"ImageNet is not prepared in {data_dir}; download {archives} from {_REGISTRATION} (which "
-        f"asks to register), put them in {archives.manual_dir(data_dir)} and run "
+        f"asks to register), put them in {manual_dir(data_dir)} and run "
         f"python -m dfs_jax.data.prepare {NAME} --data_dir={data_dir}{option}"
     )
 
@@ -84,20 +83,14 @@ def verify(directory: str, *, partial: bool) -> None:
                 f"{path} has {os.path.getsize(path):,} bytes instead of {size:,}; download it "
                 "again, or give --partial if it holds a part of the images on purpose"
             )
-    for name, (_, checksum) in ARCHIVES.items():
-        if not partial and _sha256(os.path.join(directory, name)) != checksum:
-            raise DataError(
-                f"{os.path.join(directory, name)} has another SHA-256 than {checksum}; "
-                "download it again"
-            )
     if partial:
         _check_validation_names(os.path.join(directory, "ILSVRC2012_img_val.tar"))
-
-
-def _sha256(path: str) -> str:
-    print(f"verifying {path}", flush=True)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return
+    for name, (_, checksum) in ARCHIVES.items():
+        path = os.path.join(directory, name)
+        print(f"verifying {path}", flush=True)
+        if sha256(path) != checksum:
+            raise DataError(f"{path} has another SHA-256 than {checksum}; download it again")
 
 
 def _check_whole(path: str) -> None:

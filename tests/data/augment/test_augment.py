@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data.augment import chain, normalization
-from dfs_jax.data.augment.chain import Augmentation
+from dfs_jax.data.augment import augmentation, normalization
+from dfs_jax.data.augment.augmentation import Augmentation
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 
@@ -25,7 +25,7 @@ def test_crop_is_a_window_of_the_padded_image(data, height, width, padding):
     fill = data.draw(st.integers(0, 255))
     pads = ((padding, padding), (padding, padding), (0, 0))
     expected = np.pad(image, pads, constant_values=fill)[top : top + height, left : left + width]
-    found = chain.crop(jnp.asarray(image), jnp.array([top, left]), padding, fill)
+    found = augmentation.crop(jnp.asarray(image), jnp.array([top, left]), padding, fill)
     assert found.dtype == jnp.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -47,20 +47,22 @@ def test_cutout_blackens_the_part_of_the_square_inside(data, height, width):
         reference = image.copy()
         reference[max(0, y - half) : min(height, y + half), max(0, x - half) : x + half] = 0
         np.testing.assert_array_equal(expected, reference)
-    found = chain.cutout(jnp.asarray(image), jnp.array([y, x]), size)
+    found = augmentation.cutout(jnp.asarray(image), jnp.array([y, x]), size)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_flip_mirrors_left_and_right():
     image = picture(3, 5)
-    np.testing.assert_array_equal(chain.flip(jnp.asarray(image), jnp.array(True)), image[:, ::-1])
-    np.testing.assert_array_equal(chain.flip(jnp.asarray(image), jnp.array(False)), image)
+    np.testing.assert_array_equal(
+        augmentation.flip(jnp.asarray(image), jnp.array(True)), image[:, ::-1]
+    )
+    np.testing.assert_array_equal(augmentation.flip(jnp.asarray(image), jnp.array(False)), image)
 
 
 def test_draws_are_uniform_over_all_places():
-    offsets = np.asarray(jax.vmap(lambda k: chain.draw_crop(k, 2))(KEYS))
-    centres = np.asarray(jax.vmap(lambda k: chain.draw_cutout(k, (4, 6, 3)))(KEYS))
-    flips = np.asarray(jax.vmap(chain.draw_flip)(KEYS))[:, None]
+    offsets = np.asarray(jax.vmap(lambda k: augmentation.draw_crop(k, 2))(KEYS))
+    centres = np.asarray(jax.vmap(lambda k: augmentation.draw_cutout(k, (4, 6, 3)))(KEYS))
+    flips = np.asarray(jax.vmap(augmentation.draw_flip)(KEYS))[:, None]
     for draws, shape in ((offsets, (5, 5)), (centres, (4, 6)), (flips, (2,))):
         counts = np.zeros(shape)
         np.add.at(counts, tuple(draws.T.astype(int)), 1)
@@ -73,7 +75,7 @@ def test_apply_crops_then_flips_then_cuts():
     image, key = jnp.asarray(picture(8, 8)), KEYS[3]
 
     def only(value, **choice):
-        return chain.apply(Augmentation(**choice), key, value)
+        return Augmentation(**choice).apply(key, value)
 
     crop, flip, cut = {"crop_padding": 3, "crop_fill": 9}, {"flip": True}, {"cutout": 4}
     step_by_step = only(only(only(image, **crop), **flip), **cut)
@@ -87,7 +89,7 @@ def test_apply_crops_then_flips_then_cuts():
 def test_the_same_pixels_when_computing_in_float64():
     image = jnp.asarray(picture(8, 8))
     chosen = Augmentation(crop_padding=3, flip=True, cutout=4, autoaugment="cifar10")
-    several = jax.jit(jax.vmap(lambda key: chain.apply(chosen, key, image)))
+    several = jax.jit(jax.vmap(lambda key: chosen.apply(key, image)))
     usual = np.asarray(several(KEYS[:32]))
     with jax.enable_x64(True):
         np.testing.assert_array_equal(several(KEYS[:32]), usual)
@@ -115,12 +117,12 @@ def test_normalise():
 def test_choices_that_make_no_sense(conf, field, value):
     conf.data[field] = value
     with pytest.raises(ConfigError, match=rf"data\.{field} {value} "):
-        chain.from_config(conf, (6, 8, 3))
+        Augmentation.from_config(conf, (6, 8, 3))
 
 
 def test_choices_of_the_configuration(conf):
     conf.data.update(crop_padding=4, crop_fill=128, flip=True, cutout=6)
-    assert chain.from_config(conf, (6, 8, 3)) == Augmentation(4, 128, True, 6)
+    assert Augmentation.from_config(conf, (6, 8, 3)) == Augmentation(4, 128, True, 6)
 
 
 def test_statistics(conf):

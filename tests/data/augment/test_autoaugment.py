@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image, ImageEnhance, ImageOps
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data.augment import autoaugment, chain, image_ops
-from dfs_jax.data.augment.chain import Augmentation
+from dfs_jax.data.augment import autoaugment, image_ops
+from dfs_jax.data.augment.augmentation import Augmentation
 from dfs_jax.data.input import in_memory
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -33,7 +33,7 @@ def published():
 def operate(actions, images):
     """(A, N, H, W, 3): every action on every image."""
     table = image_ops.tabulate(actions, *images.shape[1:3])
-    on_images = jax.vmap(lambda row, image: image_ops.apply(table, row, image), (None, 0))
+    on_images = jax.vmap(lambda row, image: image_ops.operate(table, row, image), (None, 0))
     every = jax.jit(jax.vmap(on_images, (0, None)))
     return np.asarray(every(np.arange(len(actions), dtype=np.int32), images))
 
@@ -130,7 +130,7 @@ def test_autocontrast_rounds_as_double_precision_does():
     lows, highs = np.array(pairs).T
     images = np.linspace(lows, highs, 256).round().astype(np.uint8).T.reshape(-1, 16, 16, 1)
     table = image_ops.tabulate([("autocontrast", 0.0)], 16, 16)
-    stretch = jax.jit(jax.vmap(lambda image: image_ops.apply(table, jnp.int32(0), image)))
+    stretch = jax.jit(jax.vmap(lambda image: image_ops.operate(table, jnp.int32(0), image)))
     found = np.asarray(stretch(np.repeat(images, 3, axis=3)))[..., 0]
     scale = 255.0 / (highs - lows)[:, None, None]
     expected = (images[..., 0] * scale + -lows[:, None, None] * scale).astype(int)
@@ -220,9 +220,7 @@ def test_operations_come_between_flip_and_cutout():
     several = jax.random.split(jax.random.key(5), 24)
 
     def only(images, **choice):
-        apply = jax.jit(
-            jax.vmap(lambda key, value: chain.apply(Augmentation(**choice), key, value))
-        )
+        apply = jax.jit(jax.vmap(lambda key, value: Augmentation(**choice).apply(key, value)))
         return np.asarray(apply(several, images))
 
     images = np.stack([image] * len(several))
@@ -239,7 +237,7 @@ def test_batches_do_not_depend_on_the_number_of_devices(conf):
     conf.data.update(autoaugment="cifar10", normalization="cifar10")
     conf.train.batch_size = 16
     arrays = pictures(8, 8), np.arange(6)
-    found = in_memory.create(
+    found = in_memory.from_arrays(
         conf, name="made", train=arrays, validation=None, test=arrays, class_names=list("abcdef")
     )
     batches = []
@@ -257,7 +255,7 @@ def test_devices_do_not_exchange_images():
     over = NamedSharding(mesh, PartitionSpec("data"))
     table = image_ops.tabulate(autoaugment.policy_actions("cifar10"), 8, 8)
     operations = jax.jit(
-        jax.vmap(lambda row, image: image_ops.apply(table, row, image)), out_shardings=over
+        jax.vmap(lambda row, image: image_ops.operate(table, row, image)), out_shardings=over
     )
     arguments = np.zeros(16, np.int32), np.zeros((16, 8, 8, 3), np.uint8)
     compiled = operations.lower(*jax.device_put(arguments, over)).compile().as_text()
@@ -277,11 +275,11 @@ def test_devices_do_not_exchange_images():
 def test_choices_that_make_no_sense(conf, fields, message):
     conf.data.update(fields)
     with pytest.raises(ConfigError, match=message):
-        chain.from_config(conf, (32, 32, 3))
+        Augmentation.from_config(conf, (32, 32, 3))
 
 
 @pytest.mark.parametrize("fields", [{"autoaugment": "cifar10"}, {"randaugment_layers": 1}])
 def test_operations_are_for_colour_images(conf, fields):
     conf.data.update(fields)
     with pytest.raises(ConfigError, match=f"data.{next(iter(fields))} .* these have 1"):
-        chain.from_config(conf, (8, 8, 1))
+        Augmentation.from_config(conf, (8, 8, 1))

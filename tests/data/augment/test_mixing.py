@@ -19,7 +19,7 @@ SHAPE = (8, 6)
 
 def shares(chosen):
     """What each of many batches keeps of its own images: (4000, H, W)."""
-    return np.asarray(jax.jit(jax.vmap(lambda key: mixing.draw(chosen, key, SHAPE)))(KEYS))
+    return np.asarray(jax.jit(jax.vmap(lambda key: mixing.draw_shares(chosen, key, SHAPE)))(KEYS))
 
 
 def batch(size=5, classes=4):
@@ -30,8 +30,8 @@ def batch(size=5, classes=4):
 @pytest.mark.parametrize("chosen", [Mixing(mixup=0.5), Mixing(cutmix=1.0)])
 def test_images_and_labels_are_mixed_alike(chosen):
     images, labels = batch()
-    draw = jax.jit(lambda key: mixing.draw(chosen, key, SHAPE))
-    apply = jax.jit(lambda key: mixing.apply(chosen, key, jnp.asarray(images), labels, 4))
+    draw = jax.jit(lambda key: mixing.draw_shares(chosen, key, SHAPE))
+    apply = jax.jit(lambda key: chosen.apply(key, jnp.asarray(images), labels, 4))
     for key in KEYS[:4]:
         own = np.asarray(draw(key), np.float64)
         found, targets = apply(key)
@@ -87,7 +87,7 @@ def test_one_of_two_methods_and_the_share_of_batches():
 def test_a_batch_that_is_not_mixed_is_left_alone():
     images, labels = batch()
     never = Mixing(mixup=1.0, probability=0.0)
-    apply = jax.jit(lambda key: mixing.apply(never, key, jnp.asarray(images), labels, 4))
+    apply = jax.jit(lambda key: never.apply(key, jnp.asarray(images), labels, 4))
     found, targets = apply(KEYS[0])
     np.testing.assert_array_equal(found, images)
     np.testing.assert_array_equal(targets, np.eye(4)[labels])
@@ -104,7 +104,7 @@ def test_batches_depend_on_seed_and_step_alone(conf):
     conf.train.batch_size = 16
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), dtype=np.uint8)
     arrays = images, np.arange(40) % 4
-    source = in_memory.create(
+    source = in_memory.from_arrays(
         conf, name="made", train=arrays, validation=None, test=arrays, class_names=list("abcd")
     ).train
     straight = take(source, 0, 5)
@@ -124,4 +124,4 @@ def test_batches_depend_on_seed_and_step_alone(conf):
 def test_choices_that_make_no_sense(conf, field, value):
     conf.data[field] = value
     with pytest.raises(ConfigError, match=rf"data\.{field} {value} "):
-        mixing.from_config(conf)
+        Mixing.from_config(conf)

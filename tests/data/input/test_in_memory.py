@@ -24,7 +24,7 @@ def over(devices):
 
 def create(conf, train, validation=None, test=None):
     conf.data.normalization = "cifar10"
-    return in_memory.create(
+    return in_memory.from_arrays(
         conf,
         name="numbered",
         train=train,
@@ -143,7 +143,7 @@ def test_no_hidden_transfers(augmented, numbered):
 def test_the_next_batch_is_under_way(conf, numbered, monkeypatch):
     train = create(conf, numbered(20)).train
     asked = []
-    indices = in_memory.pipeline.train_indices
+    indices = in_memory.order.train_indices
 
     def record(size, batch_size, seed, step):
         asked.append(step)
@@ -161,7 +161,7 @@ def test_spec(conf, numbered):
     data = create(conf, numbered(20), numbered(5), numbered(7))
     assert (data.spec.train_size, data.spec.validation_size, data.spec.test_size) == (20, 5, 7)
     assert (data.train.size, data.validation.size, data.test.size) == (20, 5, 7)
-    assert data.spec.image_shape == (5, 4, 3)
+    assert data.spec.inputs["image"].shape == (5, 4, 3)
     assert data.spec.num_classes == len(data.spec.class_names) == 20
     data = create(conf, numbered(20))
     assert data.validation is None
@@ -212,7 +212,7 @@ def test_resize_is_bilinear_and_rounded(conf, numbered):
     assert np.abs(found - expected).max() < 0.501
     conf.data.image_size = side
     data = create(conf, (images, labels))
-    assert data.spec.image_shape == (10, 10, 3)
+    assert data.spec.inputs["image"].shape == (10, 10, 3)
     np.testing.assert_array_equal(pixels(next(data.test.batches())["image"]), found[:256])
 
 
@@ -222,7 +222,7 @@ def test_two_processes_make_the_batches_of_one(augmented, numbered, tmp_path):
         import sys, numpy as np, jax
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
         from dfs_jax import config
-        from dfs_jax.data import in_memory
+        from dfs_jax.data.input import in_memory
         rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         jax.distributed.initialize(f"localhost:{port}", 2, rank)
         conf = config.default()
@@ -230,8 +230,8 @@ def test_two_processes_make_the_batches_of_one(augmented, numbered, tmp_path):
         conf.train.batch_size, conf.train.eval_batch_size = 24, 16
         images = np.random.default_rng(20).integers(0, 256, (20, 5, 4, 3), dtype=np.uint8)
         arrays = images, np.arange(20)
-        data = in_memory.create(conf, name="numbered", train=arrays, validation=None, test=arrays,
-                                class_names=[str(i) for i in range(20)])
+        data = in_memory.from_arrays(conf, name="numbered", train=arrays, validation=None,
+                                     test=arrays, class_names=[str(i) for i in range(20)])
         mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec("data"))
         with jax.transfer_guard("disallow"):

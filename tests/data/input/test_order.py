@@ -70,7 +70,7 @@ def test_sizes_that_do_not_fit_are_refused(fields, hosts, message):
     c.data.streams = fields["streams"]
     c.train.eval_batch_size = fields.get("eval", 48 * 64)
     with pytest.raises(ConfigError, match=message):
-        order.create(c, fields.get("size", 10_000), hosts)
+        Streams.from_config(c, fields.get("size", 10_000), hosts)
 
 
 def test_rows_that_are_no_whole_streams_are_refused():

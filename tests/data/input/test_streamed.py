@@ -62,9 +62,9 @@ def served(split):
     train, test = split(range(TRAIN)), split(range(1000, 1000 + TEST))
 
     def serve(c, train=train, test=test):
-        streamed.check(c)
+        streamed.check_config(c)
         names = [str(i) for i in range(CLASSES)]
-        return streamed.create(
+        return streamed.from_records(
             c, name="small", train=train, test=test, class_names=names, statistics="imagenet"
         )
 
@@ -126,7 +126,7 @@ def test_batches_are_mixed_where_the_configuration_says_so(served, monkeypatch):
         assert (mixed.mixup, seed, num_classes, sharding) == (0.5, 7, CLASSES, None)
         return lambda batch, step: {**batch, "step": step}
 
-    monkeypatch.setattr(streamed.mixing, "compiled", compiled)
+    monkeypatch.setattr(streamed.Mixing, "compiled", compiled)
     batches = take(served(configured(mixup=0.5, seed=7)).train.batches(4), 2)
     assert [int(batch["step"]) for batch in batches] == [4, 5]
 
@@ -250,7 +250,7 @@ def test_values_that_do_not_fit_are_refused(served, fields, message):
 def test_own_statistics_that_are_not_known(split):
     c = configured()
     with pytest.raises(ConfigError, match="the statistics of mine are not known; choose one of"):
-        streamed.create(
+        streamed.from_records(
             c, name="mine", train=split(range(16)), test=split(range(2)), class_names="a"
         )
 
@@ -321,7 +321,7 @@ def test_memory_stays_flat_over_epochs(tmp_path):
     c = configured(image_size=128, streams=8, shuffle_buffer=4)
     c.train.batch_size = 32
     source = TFRecords(Files(paths, (100,) * 8), shuffle_buffer=4)
-    d = streamed.create(
+    d = streamed.from_records(
         c, name="noise", train=source, test=source, class_names="a", statistics="imagenet"
     )
     batches, used = d.train.batches(0), []

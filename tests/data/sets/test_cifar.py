@@ -109,7 +109,11 @@ def test_every_example_is_in_one_split_as_it_was_made(conf):
     found = data.create(conf)
     spec = found.spec
     assert (spec.train_size, spec.validation_size, spec.test_size) == (70, 20, 30)
-    assert (spec.name, spec.image_shape, spec.num_classes) == ("cifar100", (32, 32, 3), 100)
+    assert (spec.name, spec.inputs["image"].shape, spec.num_classes) == (
+        "cifar100",
+        (32, 32, 3),
+        100,
+    )
     assert spec.class_names[7] == "fine 7"
     train = by_first_pixel(*examples([next(found.train.batches(0))]))
     validation = by_first_pixel(*examples(found.validation.batches()))

@@ -57,7 +57,7 @@ def test_the_splits_share_out_all_digits(conf):
     found = data.create(conf)
     spec = found.spec
     assert (spec.train_size, spec.validation_size, spec.test_size) == (1197, 240, 360)
-    assert (spec.name, spec.image_shape, spec.num_classes) == ("digits", (8, 8, 1), 10)
+    assert (spec.name, spec.inputs["image"].shape, spec.num_classes) == ("digits", (8, 8, 1), 10)
     assert spec.class_names == tuple("0123456789")
     parts = [training_examples(conf), examples(found.validation), examples(found.test)]
     assert [len(part) for part in parts] == [1197, 240, 360]
@@ -210,7 +210,7 @@ def test_unknown_data_sets(conf):
 
 def test_tensorflow_is_loaded_for_those_who_use_it():
     program = (
-        "import sys, dfs_jax.data, dfs_jax.data.in_memory, dfs_jax.data.prepared\n"
+        "import sys, dfs_jax.data, dfs_jax.data.input.in_memory, dfs_jax.data.sets.builders\n"
         "print({'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -47,7 +47,7 @@ def pictures(style, digits, count=double_digits_drawing.BLOCK, seed=(3,)):
 
 
 def drawn(variant, part, count):
-    blocks = zip(*double_digits.draw(variant, part, count), strict=True)
+    blocks = zip(*double_digits.pictures(variant, part, count), strict=True)
     return tuple(np.concatenate(block) for block in blocks)
 
 
@@ -90,7 +90,7 @@ def test_the_number_of_pictures_changes_none_of_them():
         np.testing.assert_array_equal(fewer[0], images[:count])
         np.testing.assert_array_equal(fewer[1], labels[:count])
     assert len(np.unique(images.reshape(1001, -1), axis=0)) == 1001
-    assert list(double_digits.draw("hard", "train", 0)) == []
+    assert list(double_digits.pictures("hard", "train", 0)) == []
 
 
 def test_every_block_holds_each_class_equally_often():
@@ -230,7 +230,7 @@ def test_both_variants_are_prepared_and_served(small, tmp_path):
         found = data.create(small)
         spec = found.spec
         assert (spec.train_size, spec.validation_size, spec.test_size) == (600, 100, 100)
-        assert (spec.name, spec.image_shape, spec.num_classes) == (
+        assert (spec.name, spec.inputs["image"].shape, spec.num_classes) == (
             small.data.name,
             (32, 32, 3),
             100,

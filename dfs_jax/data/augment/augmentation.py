@@ -1,8 +1,8 @@
-"""Augmentation on the device: pure functions of a key and one uint8 image (H, W, C).
+"""Augmentation on the device, each image by itself: pure functions of a key and a uint8 image.
 
-Each augmentation is a draw of its random numbers and a deterministic function of them; `apply`
-chains those that an `Augmentation` chooses. The caller maps over examples with `jax.vmap`. Policies
-of image operations are in `autoaugment`, what concerns several images at once is in `mixing`.
+Each kind is a draw of its random numbers and a deterministic function of them; an `Augmentation`
+chains those that are chosen. Policies of image operations are in `autoaugment.py`, what concerns
+several images at once is in `mixing.py`.
 """
 
 import dataclasses
@@ -28,32 +28,64 @@ class Augmentation:
     randaugment_layers: int = 0  # RandAugment's operations per image ...
     randaugment_magnitude: float = 9.0  # ... and how strong they are, up to RANDAUGMENT_MAX
 
+    @classmethod
+    def from_config(
+        cls, config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
+    ) -> "Augmentation":
+        """The choices of `config.data` for images of `image_shape` (H, W, C).
 
-def from_config(
-    config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
-) -> Augmentation:
-    """The choices of `config.data` for images of `image_shape` (H, W, C); raises ConfigError."""
-    c, (height, width, channels) = config.data, image_shape
-    side = min(height, width)
-    if c.crop_padding < 0:
-        raise ConfigError(f"data.crop_padding {c.crop_padding} is negative; 0 turns cropping off")
-    if not 0 <= c.crop_fill <= 255:
-        raise ConfigError(f"data.crop_fill {c.crop_fill} is not a grey level between 0 and 255")
-    if not 0 <= c.cutout <= side:
-        raise ConfigError(
-            f"data.cutout {c.cutout} does not fit images of {height}x{width} pixels; "
-            f"give 0 (off) to {side}"
-        )
-    _check_operations(c, channels)
-    return Augmentation(
-        c.crop_padding,
-        c.crop_fill,
-        c.flip,
-        c.cutout,
-        c.autoaugment,
-        c.randaugment_layers,
-        c.randaugment_magnitude,
-    )
+        Raises ConfigError for values out of range and for what does not fit the images.
+        """
+        c, (height, width, channels) = config.data, image_shape
+        side = min(height, width)
+        if c.crop_padding < 0:
+            raise ConfigError(
+                f"data.crop_padding {c.crop_padding} is negative; 0 turns cropping off"
+            )
+        if not 0 <= c.crop_fill <= 255:
+            raise ConfigError(f"data.crop_fill {c.crop_fill} is not a grey level between 0 and 255")
+        if not 0 <= c.cutout <= side:
+            raise ConfigError(
+                f"data.cutout {c.cutout} does not fit images of {height}x{width} pixels; "
+                f"give 0 (off) to {side}"
+            )
+        _check_operations(c, channels)
+        return cls(**{field.name: c[field.name] for field in dataclasses.fields(cls)})
+
+    def apply(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """`image` (H, W, C) uint8, augmented; the same shape and type.
+
+        Each kind has a key of its own, so that turning one on leaves the draws of the others as
+        they were.
+        """
+        shape = image.shape
+        if self.crop_padding:
+            offset = draw_crop(jax.random.fold_in(key, 0), self.crop_padding)
+            image = crop(image, offset, self.crop_padding, self.crop_fill)
+        if self.flip:
+            image = flip(image, draw_flip(jax.random.fold_in(key, 1)))
+        if self.autoaugment:
+            rows = autoaugment.draw_policy(jax.random.fold_in(key, 3), self.autoaugment)
+            image = autoaugment.policy(image, rows, self.autoaugment)
+        if self.randaugment_layers:
+            key_of_rows = jax.random.fold_in(key, 4)
+            rows = autoaugment.draw_randaugment(key_of_rows, self.randaugment_layers)
+            image = autoaugment.randaugment(image, rows, self.randaugment_magnitude)
+        if self.cutout:
+            image = cutout(image, draw_cutout(jax.random.fold_in(key, 2), shape), self.cutout)
+        return image
+
+    def apply_to_batch(self, seed: int, step: jax.Array, images: jax.Array) -> jax.Array:
+        """`images` (B, H, W, C) uint8 of step `step` () uint32, each augmented by a key of its own.
+
+        The keys are functions of (seed, step, row): they do not depend on the devices.
+        """
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+        def augmented(row, image):
+            return self.apply(jax.random.fold_in(key, row), image)
+
+        return jax.vmap(augmented)(jnp.arange(len(images), dtype=jnp.uint32), images)
 
 
 def _check_operations(c: ml_collections.ConfigDict, channels: int) -> None:
@@ -76,29 +108,6 @@ def _check_operations(c: ml_collections.ConfigDict, channels: int) -> None:
     if (c.autoaugment or c.randaugment_layers) and channels != 3:
         field = "autoaugment" if c.autoaugment else "randaugment_layers"
         raise ConfigError(f"data.{field} is for images of 3 channels, but these have {channels}")
-
-
-def apply(augmentation: Augmentation, key: jax.Array, image: jax.Array) -> jax.Array:
-    """`image` (H, W, C) uint8, augmented; the same shape and type.
-
-    Each augmentation has a key of its own, so that turning one on leaves the draws of the others
-    as they were.
-    """
-    a, shape = augmentation, image.shape
-    if a.crop_padding:
-        offset = draw_crop(jax.random.fold_in(key, 0), a.crop_padding)
-        image = crop(image, offset, a.crop_padding, a.crop_fill)
-    if a.flip:
-        image = flip(image, draw_flip(jax.random.fold_in(key, 1)))
-    if a.autoaugment:
-        rows = autoaugment.draw_policy(jax.random.fold_in(key, 3), a.autoaugment)
-        image = autoaugment.policy(image, rows, a.autoaugment)
-    if a.randaugment_layers:
-        rows = autoaugment.draw_randaugment(jax.random.fold_in(key, 4), a.randaugment_layers)
-        image = autoaugment.randaugment(image, rows, a.randaugment_magnitude)
-    if a.cutout:
-        image = cutout(image, draw_cutout(jax.random.fold_in(key, 2), shape), a.cutout)
-    return image
 
 
 def draw_crop(key: jax.Array, padding: int) -> jax.Array:
