@@ -4,6 +4,10 @@ An image leaves at the first exit k whose confidence is at least the threshold T
 exit answers all that are left. So ties leave together, and a NaN confidence never leaves early.
 Thresholds that keep a promise about the accuracy are made in `risk`.
 
+`fit` is the published protocol, whose thresholds equal one image's confidence. The thresholds to
+use, those of `family`, lie between two confidences, far enough from both that the last bits, which
+change with the batch size and the machine, send no image to another exit.
+
 Everything here is numpy on whole splits: N exits from shallow to deep, B images, P settings.
 """
 
@@ -25,6 +29,10 @@ ALWAYS = -1e8  # the threshold of the deepest exit
 PROTOCOL = tuple(p / 20 for p in range(1, 41))
 FINE = (0.0, *np.geomspace(1 / 50, 50, 200).tolist(), math.inf)
 
+# Confidences that are no further apart count as equal: 4 units in the last place of a float32 at
+# magnitudes from 1 on, and what they are at 1 below it, since softmax is no more exact than that.
+_APART = 4 * float(np.finfo(np.float32).eps)
+
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
@@ -39,6 +47,9 @@ class Thresholds:
     expected_cost: float | None = None  # per image, on the data they were fitted to
     expected_accuracy: float | None = None  # in [0, 1], likewise
     fitted_for: str = ""  # the target in words, for people
+    step: int | None = None  # of the checkpoint whose answers they were fitted to
+    weights: str = ""  # the fingerprint of its weights
+    warning: str = ""  # why what is expected of them may be untrue, in a sentence; "": nothing is
 
     def __post_init__(self):
         if self.confidence not in scores.names():
@@ -58,9 +69,13 @@ class Thresholds:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Thresholds":
-        """The inverse of `to_json`. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else.
+
+        What earlier versions saved lacks the fields about the checkpoint, and is taken.
+        """
         fields = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(saved, Mapping) or set(saved) != set(fields):
+        before = set(fields) - {"step", "weights", "warning"}
+        if not isinstance(saved, Mapping) or not before <= set(saved) <= set(fields):
             raise ValueError(f"saved thresholds have the fields {', '.join(fields)}")
         try:
             return cls(**{**saved, "values": tuple(saved["values"])})
@@ -165,21 +180,58 @@ def family(
     """Thresholds worth choosing, from cheap to costly, each more accurate than those before.
 
     Fitted to the `FINE` range of quotas, and to a common threshold for all exits, without which
-    "patience", whose few values tie, would have no thresholds between the extremes. Expected
-    costs and accuracies are those on the same images, the accuracies therefore slightly
-    hopeful. Arguments as in `outcome`.
+    "patience", whose few values tie, would have no thresholds between the extremes. Each lies
+    between two confidences: changes of all confidences by up to two units in the last place of a
+    float32 move no image to another exit. Expected costs and accuracies are those on the same
+    images, the accuracies therefore slightly hopeful. Arguments as in `outcome`.
     """
-    by_quota = fit(confidences, quotas(confidences.shape[1], len(confidences), FINE))
-    values = np.concatenate([by_quota, _common(confidences)])
-    measured = outcome(confidences, values, costs, correct)
+    tied = _tied(confidences)
+    by_quota = fit(tied, quotas(confidences.shape[1], len(confidences), FINE))
+    values = np.concatenate([by_quota, _common(tied)])
+    measured = outcome(tied, values, costs, correct)
     chosen: list[Thresholds] = []
     for p in np.lexsort((-measured.top1, measured.cost)):
         cost, accuracy = float(measured.cost[p]), float(measured.top1[p])
         if not chosen or accuracy > chosen[-1].expected_accuracy:
-            chosen.append(
-                Thresholds(confidence, tuple(values[p]), cost, accuracy, f"cost {cost:.6g}")
-            )
+            between = tuple(_between(confidences, choose(tied, values[p]), values[p]))
+            chosen.append(Thresholds(confidence, between, cost, accuracy, f"cost {cost:.6g}"))
     return tuple(chosen)
+
+
+def _tied(confidences: np.ndarray) -> np.ndarray:
+    """`confidences` (N, B) in float64, those too close to be told apart made equal.
+
+    In each row a run of values of which every one is within `_apart` of the next gets the least.
+    """
+    tied = np.array(confidences, np.float64)
+    for row in tied:
+        order = np.argsort(row)  # NaN comes last
+        ranked = row[order]
+        starts = np.concatenate([[True], ~(np.diff(ranked) <= _apart(ranked[:-1]))])[: len(row)]
+        row[order] = ranked[starts][np.cumsum(starts) - 1]
+    return tied
+
+
+def _between(confidences: np.ndarray, exits: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Thresholds (N,) that send images of `confidences` (N, B) to `exits` (B,) as `values` do.
+
+    Each lies halfway between the least sure image that leaves and the surest that stays. Where all
+    or none leave it keeps its value, or as much distance as a change of the last bits asks for.
+    """
+    moved = np.array(values, np.float64)
+    for k, own in enumerate(np.asarray(confidences, np.float64)[:-1]):
+        leave, stay = own[exits == k], own[(exits > k) & ~np.isnan(own)]
+        if leave.size and stay.size:
+            moved[k] = (leave.min() + stay.max()) / 2
+        elif leave.size:
+            moved[k] = min(moved[k], leave.min() - _apart(leave.min()))
+        elif stay.size:
+            moved[k] = max(moved[k], stay.max() + _apart(stay.max()))
+    return moved
+
+
+def _apart(confidence: np.ndarray) -> np.ndarray:
+    return _APART * np.maximum(1, np.abs(confidence))
 
 
 def _common(confidences: np.ndarray) -> np.ndarray:

@@ -151,6 +151,62 @@ def test_family_keeps_what_no_other_thresholds_beat(example):
         assert best.expected_accuracy >= correct[k].mean()
 
 
+def _nudged(confidences, rng):
+    """Every confidence up to two units in the last place of a float32 larger or smaller."""
+    nudged = np.asarray(confidences, np.float32)
+    for _ in range(2):
+        towards = rng.choice(np.float32([-np.inf, np.inf]), nudged.shape)
+        nudged = np.where(rng.random(nudged.shape) < 0.8, np.nextafter(nudged, towards), nudged)
+    return nudged
+
+
+# From 0 to 1 with whole crowds a few units apart, entropies, counts, ties and NaN.
+_crowded = st.one_of(
+    st.floats(0, 1, width=32),
+    st.integers(0, 40).map(lambda n: 1 - n * 2**-24),
+    st.integers(0, 40).map(lambda n: -6.9 + n * 2**-21),
+    st.integers(0, 3).map(float),
+    st.just(math.nan),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=_crowded),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_last_bits_of_confidences_change_no_exit(confidences, seed):
+    rng = np.random.default_rng(seed)
+    correct = rng.random(confidences.shape) < 0.7
+    costs = np.arange(1.0, len(confidences) + 1)
+    for thresholds in budget.family("max_softmax", confidences, correct, costs):
+        exits = budget.choose(confidences, thresholds.values)
+        for other in (confidences.astype(np.float64), *(_nudged(confidences, rng) for _ in "ab")):
+            np.testing.assert_array_equal(budget.choose(other, thresholds.values), exits)
+            found = budget.outcome(other, np.array([thresholds.values]), costs, correct)
+            assert found.cost[0] == thresholds.expected_cost
+            assert found.top1[0] == thresholds.expected_accuracy
+
+
+def test_thresholds_lie_halfway_between_two_confidences():
+    confidences = np.float32([[0.9, 0.8, 0.5, 0.1], [0.3, 0.3, 0.7, 0.2]])
+    correct = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    family = budget.family("margin", confidences, correct, (1.0, 3.0))
+    two, three = np.float32(0.8), np.float32(0.5)
+    best = budget.within(family, 2.0)
+    assert best.values == ((float(two) + float(three)) / 2, ALWAYS)
+    assert (best.expected_cost, best.expected_accuracy) == (2.0, 1.0)
+
+
+def test_confidences_that_differ_in_the_last_bits_leave_together():
+    close = np.nextafter(np.float32(0.9), np.float32(0))
+    confidences = np.float32([[0.9, close, 0.5], [1, 1, 1]])
+    right = np.array([[1, 0, 0], [1, 1, 1]], bool)
+    family = budget.family("max_softmax", confidences, right, (1.0, 3.0))
+    together = {len(set(budget.choose(confidences, t.values)[:2])) for t in family}
+    assert together == {1}
+
+
 def test_patience_can_ask_for_the_same_number_at_every_exit():
     """Its few values tie, so that thresholds by quota skip most of these."""
     rng = np.random.default_rng(0)
@@ -191,6 +247,16 @@ def test_thresholds_survive_json():
     assert saved.values == (-0.5, NEVER, ALWAYS)
     text = json.dumps(saved.to_json(), allow_nan=False)
     assert Thresholds.from_json(json.loads(text)) == saved
+    theirs = Thresholds("margin", (0.5, ALWAYS), step=40, weights="ab12", warning="hopeful")
+    assert Thresholds.from_json(json.loads(json.dumps(theirs.to_json()))) == theirs
+
+
+def test_thresholds_that_say_no_checkpoint_are_read():
+    """As versions before wrote them."""
+    saved = Thresholds("margin", (0.5, ALWAYS), 2.0, 0.5, "a test").to_json()
+    for name in ("step", "weights", "warning"):
+        del saved[name]
+    assert Thresholds.from_json(saved) == Thresholds("margin", (0.5, ALWAYS), 2.0, 0.5, "a test")
 
 
 @pytest.mark.parametrize(
