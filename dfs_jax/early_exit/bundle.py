@@ -18,6 +18,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ from dfs_jax.early_exit.preprocessing import Preprocessing
 from dfs_jax.early_exit.router import Answers, Router
 from dfs_jax.early_exit.stages import Arrays, Program, Stage
 from dfs_jax.writing.files import write_whole
+
+log = logging.getLogger(__name__)
 
 FORMAT = "dfs_jax early exit"
 VERSION = 1
@@ -81,7 +84,10 @@ class EarlyExit:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EarlyExit":
-        """The bundle in the file `path`. Raises BundleError for a damaged or foreign file."""
+        """The bundle in the file `path`. Raises BundleError for a damaged or foreign file.
+
+        What its thresholds warn of is logged.
+        """
         try:
             with open(path, "rb") as file:
                 data = file.read()
@@ -92,13 +98,16 @@ class EarlyExit:
             _check_versions(manifest)
             with np.load(io.BytesIO(members[WEIGHTS]), allow_pickle=False) as arrays:
                 weights = {name: jax.device_put(arrays[name]) for name in arrays.files}
-            return cls(manifest, _stages(manifest, members, weights))
+            loaded = cls(manifest, _stages(manifest, members, weights))
         except BundleError as error:
             raise BundleError(f"{path} {error}") from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BundleError(
                 f"{path} has a {MANIFEST} that cannot be used: {type(error).__name__}: {error}"
             ) from error
+        if told := warning(loaded.thresholds, loaded.family):
+            log.warning("%s: %s", path, told)
+        return loaded
 
     def warmup(self) -> None:
         """See `Router.warmup`."""
@@ -138,6 +147,11 @@ class EarlyExit:
                 f"got {images.dtype}"
             )
         return images
+
+
+def warning(thresholds: Thresholds, family: Iterable[Thresholds]) -> str:
+    """What any of them warns of, or ""."""
+    return next((t.warning for t in (thresholds, *family) if t.warning), "")
 
 
 def _stages(

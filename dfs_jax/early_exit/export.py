@@ -163,7 +163,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export_workdir(arguments: argparse.Namespace) -> None:
     from dfs_jax.config import ConfigError
     from dfs_jax.early_exit import stages
-    from dfs_jax.models.cost import exit_costs
     from dfs_jax.training import workdir as workdirs
     from dfs_jax.training.run import prepare
     from dfs_jax.training.state import restore
@@ -171,36 +170,54 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     run = prepare(workdirs.saved_config(arguments.workdir))
-    spec = run.data.spec
-    costs = exit_costs(run.network, spec.batch(1)).cumulative
     step, state = restore(run, arguments.workdir, arguments.step)
-    chosen = _saved_thresholds(arguments.workdir, step, len(costs))
-    score = arguments.score or (chosen.confidence if chosen else "max_softmax")
-    if chosen and score != chosen.confidence:
-        raise ConfigError(
-            f"--score: the workdir's thresholds.json compares {chosen.confidence}, not {score}; "
-            "leave --score away, or evaluate again"
-        )
-    family = _family(run, state.variables, score, costs)
-    full = Thresholds(score, (NEVER,) * (len(costs) - 1) + (ALWAYS,), fitted_for="the last exit")
-    contents = Contents(
-        labels=spec.class_names,
-        costs=costs,
-        preprocessing=_preprocessing(run),
-        thresholds=chosen or (family[-1] if family else full),
-        family=family,
-        about={**_network(run.config), "data": spec.name, "step": step},
-    )
+    contents = _contents(run, arguments, step, state.variables)
     variables = jax.device_get(state.variables)  # off the mesh: a program runs on one device
-    parts = stages.from_network(run.network, variables, spec.batch(1))
+    parts = stages.from_network(run.network, variables, run.data.spec.batch(1))
     sizes = batch_sizes(arguments.batch_size)
     try:
         export(arguments.out, parts, contents, sizes)
     except OSError as error:
         raise ConfigError(f"--out: cannot write {arguments.out}: {error.strerror}") from error
     print(
-        f"{arguments.out}: {run.config.model.name} of step {step}, {len(costs)} exits, batches "
-        f"of {', '.join(map(str, sizes))}, thresholds for {len(family)} budgets"
+        f"{arguments.out}: {run.config.model.name} of step {step}, {len(parts)} exits, batches "
+        f"of {', '.join(map(str, sizes))}, thresholds for {len(contents.family)} budgets"
+    )
+    if told := bundle.warning(contents.thresholds, contents.family):
+        print(f"warning: {told}")
+
+
+def _contents(run: Any, arguments: argparse.Namespace, step: int, variables: Any) -> Contents:
+    """What goes with the network whose `variables` are those of `step`."""
+    from dfs_jax.config import ConfigError
+    from dfs_jax.models.cost import exit_costs
+    from dfs_jax.training.digest import fingerprint
+
+    spec = run.data.spec
+    costs, weights = exit_costs(run.network, spec.batch(1)).cumulative, fingerprint(variables)
+    chosen = _saved_thresholds(arguments.workdir, step, len(costs), weights)
+    score = arguments.score or (chosen.confidence if chosen else "max_softmax")
+    if chosen and score != chosen.confidence:
+        raise ConfigError(
+            f"--score: the workdir's thresholds.json compares {chosen.confidence}, not {score}; "
+            "leave --score away, or evaluate again"
+        )
+    fitted = _fitted(run, arguments.workdir, step, weights)
+    family = tuple(
+        dataclasses.replace(thresholds, **fitted)
+        for thresholds in _family(run, variables, score, costs)
+    )
+    if chosen:
+        told = chosen.warning or fitted["warning"]
+        chosen = dataclasses.replace(chosen, **fitted | {"warning": told})
+    full = Thresholds(score, (NEVER,) * (len(costs) - 1) + (ALWAYS,), fitted_for="the last exit")
+    return Contents(
+        labels=spec.class_names,
+        costs=costs,
+        preprocessing=_preprocessing(run),
+        thresholds=chosen or (family[-1] if family else full),
+        family=family,
+        about={**_network(run.config), "data": spec.name, "step": step, "weights": weights},
     )
 
 
@@ -214,8 +231,23 @@ def _network(config: Any) -> dict[str, Any]:
     }
 
 
-def _saved_thresholds(workdir: str, step: int, num_exits: int) -> Thresholds | None:
-    """The thresholds for a target that the evaluation left in the workdir, if it did."""
+def _fitted(run: Any, workdir: str, step: int, weights: str) -> dict[str, Any]:
+    """The fields of `Thresholds` about the checkpoint, for those that are fitted here."""
+    from dfs_jax.training import lineage
+
+    held_out = run.data.validation is not None
+    told = lineage.warning(run.config, workdir) if held_out else ""
+    return {"step": step, "weights": weights, "warning": told}
+
+
+def _saved_thresholds(
+    workdir: str, step: int, num_exits: int, weights: str = ""
+) -> Thresholds | None:
+    """The thresholds for a target that the evaluation left in the workdir, if it did.
+
+    Raises ConfigError unless they were fitted to the checkpoint of `step`, whose weights have the
+    fingerprint `weights`.
+    """
     from etils import epath
 
     from dfs_jax.config import ConfigError
@@ -223,17 +255,35 @@ def _saved_thresholds(workdir: str, step: int, num_exits: int) -> Thresholds | N
     saved = epath.Path(workdir) / "thresholds.json"
     if not saved.exists():
         return None
+    again = f"python -m dfs_jax.evaluate --workdir {workdir} --step {step}"
     try:
         thresholds = Thresholds.from_json(json.loads(saved.read_text()))
-        evaluated = json.loads((epath.Path(workdir) / "evaluation.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{saved} cannot be used: {error}; evaluate again") from error
-    if evaluated != step or len(thresholds.values) != num_exits:
+        fitted = thresholds.step
+        fitted = _step_of(thresholds, saved.parent) if fitted is None else fitted
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{saved} cannot be used: {error}; evaluate again: {again}") from error
+    again += f" and a target (there: {thresholds.fitted_for})"
+    if fitted != step or len(thresholds.values) != num_exits:
         raise ConfigError(
-            f"{saved} belongs to step {evaluated}, but step {step} is exported; evaluate again, "
-            "or remove it"
+            f"{saved} belongs to step {fitted}, but step {step} is exported; give --step {fitted}, "
+            f"or fit thresholds to step {step}: {again}"
         )
+    if thresholds.weights and weights not in ("", thresholds.weights):
+        raise ConfigError(f"{saved} belongs to other weights of step {step}; fit anew: {again}")
     return thresholds
+
+
+def _step_of(thresholds: Thresholds, workdir: Any) -> int:
+    """The step that `thresholds` were fitted to, by the evaluation beside them.
+
+    Of thresholds that do not say it, as earlier versions wrote them. Raises ValueError if a later
+    evaluation, without a target, took the place of theirs.
+    """
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    chosen = evaluation.get("chosen", {"thresholds": thresholds.to_json()})
+    if chosen is None or Thresholds.from_json(chosen["thresholds"]) != thresholds:
+        raise ValueError("evaluation.json beside it is of another evaluation")
+    return evaluation["step"]
 
 
 def _family(run: Any, variables: Any, score: str, costs: Sequence[float]) -> tuple[Thresholds, ...]:

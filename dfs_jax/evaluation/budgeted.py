@@ -4,7 +4,8 @@ Thresholds are fitted on the answers to a validation split and applied to those 
 they are fitted is in `early_exit/budget.py` and `early_exit/risk.py`. P budgets, N exits.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ class Budgeted(NamedTuple):
     family: tuple[Thresholds, ...]  # for any budget
     chosen: Thresholds | None  # those of the target, if there is one
     chosen_outcome: Outcome | None  # P = 1
+    warning: str  # why the thresholds may promise too much, in a sentence; "": nothing is known
 
 
 def measure(
@@ -34,12 +36,14 @@ def measure(
     validation: SplitAnswers,
     costs: Sequence[float],
     score: str,
+    fitted: Mapping[str, Any],
     chosen: Thresholds | None = None,
 ) -> Budgeted:
     """Early exit of the answers `shown`, by thresholds on `score` that fit those to `validation`.
 
     Args:
       costs: (N,) multiply-adds per image that leaves at each exit.
+      fitted: the fields of `Thresholds` about the checkpoint: step, weights and warning.
       chosen: thresholds to try besides.
     """
 
@@ -48,14 +52,16 @@ def measure(
 
     size = len(validation.labels)
     values = budget.fit(validation.confidences, budget.quotas(size, len(costs)))
+    family = budget.family(score, validation.confidences, validation.correct, costs)
     return Budgeted(
         examples=size,
         values=values,
         fitted=outcome(validation, values),
         outcome=outcome(shown, values),
-        family=budget.family(score, validation.confidences, validation.correct, costs),
+        family=tuple(dataclasses.replace(t, **fitted) for t in family),
         chosen=chosen,
         chosen_outcome=None if chosen is None else outcome(shown, np.array([chosen.values])),
+        warning=fitted["warning"],
     )
 
 
@@ -79,6 +85,7 @@ def rows(found: Budgeted) -> list[dict[str, Any]]:
         }
         row |= {f"leave{i}": int(n) for i, n in enumerate(outcome.leaving[p], 1)}
         row |= {f"threshold{i}": t for i, t in enumerate(found.values[p], 1)}
+        row |= {"warning": found.warning} if found.warning else {}
         result.append(row)
     return result
 

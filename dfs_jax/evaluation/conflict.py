@@ -14,7 +14,6 @@ from etils import epath
 
 from dfs_jax.evaluation import plots
 from dfs_jax.training import metrics
-from dfs_jax.writing.files import write_whole
 from dfs_jax.writing.tables import csv_table
 
 _PAIR = re.compile(r"conflict/(?:segment(\d+)/)?exit(\d+)_exit(\d+)")
@@ -61,11 +60,9 @@ def of_workdir(workdir: epath.PathLike) -> History | None:
     return history(metrics.read_metrics(workdir))
 
 
-def write(out: epath.Path, runs: Mapping[str, History]) -> tuple[str, ...]:
-    """Writes the first run's table and the picture of all into `out`; returns the names."""
-    write_whole(out / "conflict.csv", table(next(iter(runs.values()))))
-    write_whole(out / "conflict.png", picture(runs))
-    return "conflict.csv", "conflict.png"
+def files(runs: Mapping[str, History]) -> dict[str, str | bytes]:
+    """The first run's table and the picture of all, by the names of the files that they become."""
+    return {"conflict.csv": table(next(iter(runs.values()))), "conflict.png": picture(runs)}
 
 
 def table(found: History) -> str:

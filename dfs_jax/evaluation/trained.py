@@ -1,6 +1,7 @@
 """Evaluation of a trained workdir: what `python -m dfs_jax.evaluate` does with its flags."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from dfs_jax.early_exit.budget import Thresholds
 from dfs_jax.evaluation import conflict, published, report
 from dfs_jax.evaluation.answers import SplitAnswers, answer_split, answerer
 from dfs_jax.models.cost import exit_costs
-from dfs_jax.training import progress
+from dfs_jax.training import lineage, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import summarise
+from dfs_jax.training.digest import fingerprint
 from dfs_jax.training.run import Run, prepare
 from dfs_jax.training.state import restore
 
@@ -35,6 +37,9 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
     _check_run(arguments, run, costs)
     step, state = restore(run, arguments.workdir, arguments.step)
     out = report.directory(arguments.out or arguments.workdir)
+    fitted = {"step": step, "weights": fingerprint(state.variables), "warning": ""}
+    if run.data.validation is not None:
+        fitted["warning"] = lineage.warning(config, arguments.workdir)
 
     answer = answerer(run.network, arguments.score, placement.replicated(run.mesh))
     by_batch = placement.batch(run.mesh)
@@ -42,10 +47,11 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
     if run.data.validation is not None:
         validation = answer_split(answer, state.variables, run.data.validation, by_batch)
         chosen = _thresholds(arguments, validation, costs)
+        chosen = chosen and dataclasses.replace(chosen, **fitted)
     shown = validation
     if arguments.split == "test":
         shown = answer_split(answer, state.variables, run.data.test, by_batch)
-    results = report.measure(shown, validation, costs, arguments.score, chosen)
+    results = report.measure(shown, validation, costs, arguments.score, fitted, chosen)
 
     scores = summarise(shown.counts, arguments.split)
     print(f"{arguments.split} split, {len(shown.labels)} images, checkpoint of step {step}")
@@ -56,14 +62,14 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
         "data": run.data.spec.name,
         "split": arguments.split,
         "examples": len(shown.labels),
-        "step": step,
         "score": arguments.score,
+        **fitted,
     }
     if jax.process_index() == 0:
-        written = report.write(out, about, results, overlay)
-        if histories:
-            written += conflict.write(out, histories)
+        written, removed = report.write(out, about, results, overlay, histories)
         print(f"\nwritten to {out}: {', '.join(written)}")
+        if removed:
+            print(f"removed, since an earlier evaluation wrote them: {', '.join(removed)}")
 
 
 def _thresholds(arguments, validation: SplitAnswers, costs: Sequence[float]) -> Thresholds | None:

@@ -26,7 +26,7 @@ from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.run import Run, prepare
 from dfs_jax.training.save_policy import Preempted, Saves
-from dfs_jax.training.state import TrainState, restore_or_initialise
+from dfs_jax.training.state import TrainState, given_weights, restore_or_initialise
 from dfs_jax.training.step import make_conflict_probe, make_train_step
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     """
     run = prepare(config, workdir)
     _refuse_longer_run(run, workdir)
+    weights = given_weights(run, workdir)
     directory = workdirs.create(config, workdir)
     print(placement.describe(run.mesh), flush=True)
 
@@ -50,7 +51,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         log.warning("no validation split: eval/… is the test split, and no best checkpoint is kept")
         held_out = run.data.test
     with checkpoint.Checkpointer(directory / "checkpoints", best_metric=best_metric) as saver:
-        state = restore_or_initialise(run, saver)
+        state = restore_or_initialise(run, saver, weights)
+        del weights  # of which the state has a copy
         start = int(jax.device_get(state.step))
         with metrics.MetricWriter(directory, start_step=start) as writer:
             if start < run.total_steps:

@@ -5,7 +5,7 @@ That is the workdir's newest checkpoint, else the weights of `train.init_from`, 
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -40,16 +40,44 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def restore_or_initialise(run: Run, saver: checkpoint.Checkpointer) -> TrainState:
-    """The state to go on from, placed on the mesh."""
+class Weights(NamedTuple):
+    """The weights of another run."""
+
+    source: str  # for people
+    values: Mapping[str, Any]  # as `TrainState.variables`
+
+
+def given_weights(run: Run, workdir: str) -> Weights | None:
+    """What a run that begins in `workdir` starts from by `train.init_from`; None: nothing.
+
+    Nothing is compiled or changed. Raises ConfigError for weights that cannot be used.
+    """
+    source = run.config.train.init_from
+    if not source or checkpoint.newest_step(epath.Path(workdir) / "checkpoints") is not None:
+        return None
+    weights = read_weights(source)
+    fitting = matching(abstract_state(run), weights)
+    refuse_not_finite(fitting, f"train.init_from: {weights.source}")
+    return weights
+
+
+def restore_or_initialise(
+    run: Run, saver: checkpoint.Checkpointer, weights: Weights | None = None
+) -> TrainState:
+    """The state to go on from, placed on the mesh; a run that begins takes `weights`, if given.
+
+    Raises ConfigError for a checkpoint with values that are not finite.
+    """
     restored = saver.restore(abstract_state(run))
     if restored is not None:
+        where = f"--workdir: the checkpoint of step {restored.step} in {saver.directory.parent}"
+        saved = restored.state
+        kept = {"params": saved.params, "batch_stats": saved.batch_stats, "ema": saved.ema}
+        refuse_not_finite(kept, where)
         log.info("going on from the checkpoint of step %d", restored.step)
-        return restored.state
+        return saved
     state = initial_state(run)
-    if run.config.train.init_from:
-        state = with_weights(state, *read_weights(run.config.train.init_from))
-    return state
+    return state if weights is None else with_weights(state, weights)
 
 
 def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainState]:
@@ -76,11 +104,28 @@ def restore(run: Run, workdir: str, which: str = "latest") -> tuple[int, TrainSt
         restored = saver.restore(abstract_state(run), step=None if step is None else int(step))
     if restored is None:
         raise ConfigError(f"--workdir: {workdir} holds no checkpoint")
+    where = f"--workdir: the checkpoint of step {restored.step} in {workdir}"
+    refuse_not_finite(restored.state.variables, where)
     return restored.step, restored.state
 
 
-def read_weights(workdir: str) -> tuple[str, dict[str, Any]]:
-    """Where the weights of a trained `workdir` come from, and what its evaluation would use.
+def refuse_not_finite(arrays: Any, where: str) -> None:
+    """Raise ConfigError, naming the first, if an array of the tree `arrays` has NaN or infinity.
+
+    `where` begins the sentence. Arrays that are not of floating point pass.
+    """
+    for name, leaf in _by_path(arrays).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+            leaf = leaf.addressable_data(0)
+        there = np if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable else jnp
+        if not bool(there.all(there.isfinite(leaf))):
+            raise ConfigError(f"{where} has NaN or infinity in {name}: such weights answer nothing")
+
+
+def read_weights(workdir: str) -> Weights:
+    """The weights of a trained `workdir` that its evaluation would use.
 
     Takes any network; nothing there is changed.
     """
@@ -89,34 +134,54 @@ def read_weights(workdir: str) -> tuple[str, dict[str, Any]]:
         step = saver.latest_step()
         saved = saver.restore(saver.metadata(step), step).state
     weights = saved.get("ema") or {name: saved.get(name) for name in ("params", "batch_stats")}
-    return f"step {step} of {workdir}", weights
+    return Weights(f"step {step} of {workdir}", weights)
 
 
-def with_weights(state: TrainState, source: str, weights: Mapping[str, Any]) -> TrainState:
-    """`state` with the `weights` of `source`, matched by name and shape; the log tells the rest.
+def matching(state: TrainState, weights: Weights) -> dict[str, np.ndarray]:
+    """Those of `weights` that fit parameters or statistics of `state` by path and shape.
 
-    Raises ConfigError if none fits.
+    In the type of `state`, whose arrays may be mere shapes. Raises ConfigError if none fits.
     """
-    given = dict(jax.tree_util.tree_leaves_with_path(weights))
+    given = _by_path(weights.values)
+    wanted = _by_path({"params": state.params, "batch_stats": state.batch_stats})
+    fitting = {
+        path: np.asarray(given[path]).astype(leaf.dtype)
+        for path, leaf in wanted.items()
+        if path in given and given[path].shape == leaf.shape
+    }
+    if not fitting:
+        raise ConfigError(f"train.init_from: no array of {weights.source} fits this network")
+    return fitting
+
+
+def with_weights(state: TrainState, weights: Weights) -> TrainState:
+    """`state` with the `weights` that match; the log tells the rest. Raises as `matching`."""
+    fitting = matching(state, weights)
     fresh = []
 
     def choose(path, leaf):
-        value = given.pop(path, None)
-        if value is None or value.shape != leaf.shape:
-            fresh.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        name = _name(path)
+        if name not in fitting:
+            fresh.append(name)
             return leaf
-        return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(fitting[name], leaf.sharding)
 
     before = {"params": state.params, "batch_stats": state.batch_stats}
     after = jax.tree_util.tree_map_with_path(choose, before)
     total = len(jax.tree.leaves(before))
-    if len(fresh) == total:
-        raise ConfigError(f"train.init_from: no array of {source} fits this network")
-    log.info("%d of %d arrays are those of %s", total - len(fresh), total, source)
+    log.info("%d of %d arrays are those of %s", len(fitting), total, weights.source)
     if fresh:
         log.info("these start fresh: %s", ", ".join(fresh))
     ema = state.ema if state.ema is None else jax.tree.map(jnp.copy, after)
     return state.replace(**after, ema=ema)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def initial_state(run: Run) -> TrainState:
