@@ -5,7 +5,9 @@
 
 FILE is .npz or .safetensors, or .pth for reading where PyTorch is installed. The first form
 makes DIR look like a run of 0 steps, which `dfs_jax.evaluate` reads as it does any other.
-The number of classes and the size of the images are taken from the weights. With
+The number of classes and the size of the images are taken from the weights. Averaged weights are
+preferred where a file has both kinds, and what stands before the names ("module.", "model." …) is
+taken off; what was taken is told. With
 `--config FILE[:preset]` everything that the weights do not say comes from there.
 """
 
@@ -25,10 +27,10 @@ from dfs_jax.data.pipeline import Spec
 from dfs_jax.distributed import placement
 from dfs_jax.interop import files, torch
 from dfs_jax.models import inputs
-from dfs_jax.training import checkpoint, optim
+from dfs_jax.training import checkpoint, lineage, optim
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import Run, create_method, create_network, create_objective, prepare
-from dfs_jax.training.state import initial_state, restore
+from dfs_jax.training.state import initial_state, refuse_not_finite, restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,19 +82,43 @@ def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | Non
         raise ConfigError("--backbone needs --num-classes: the exits will be new ones")
     # Without its last exit a file is refused below, and the exit named.
     num_classes = arguments.num_classes or made.num_classes or 1
+    if not arguments.backbone:
+        _check_classes(arguments, config, made.num_classes)
+    refuse_not_finite(arrays, f"--weights: {arguments.weights}")
     network = create_network(config, num_classes)
     if arguments.backbone:
         variables = torch.from_backbone(network, arrays, jax.random.key(config.seed))
     else:
         variables = torch.from_state_dict(network, arrays)
+    kind = np.promote_types(np.float32, config.train.precision)
+    with np.errstate(over="ignore"):  # which is refused
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), variables)
+    refuse_not_finite(variables, f"--weights: {arguments.weights}, as {kind},")
     state = _first_state(config, network, made.image_shape, variables)
     directory = workdirs.create(config, arguments.workdir)
+    lineage.record_origin(directory, arguments.weights)
     with checkpoint.Checkpointer(directory / "checkpoints", best_metric=None) as saver:
         saver.save(0, state, {"step": 0}, {})
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     print(
         f"{config.model.name} with {num_classes} classes, {count:,} parameters, "
         f"as the checkpoint of step 0 in {arguments.workdir}"
+    )
+
+
+def _check_classes(
+    arguments: argparse.Namespace, config: ml_collections.ConfigDict, made_for: int | None
+) -> None:
+    """Refuse weights whose exits are for another number of classes than is asked for."""
+    in_data = data.known_images(config)[1]
+    wanted = arguments.num_classes or in_data
+    if made_for is None or wanted in (None, made_for):
+        return
+    source = "--num-classes" if arguments.num_classes else f"data set {config.data.name!r}"
+    raise ConfigError(
+        f"--weights: {arguments.weights} is made for {made_for} classes, {source} says {wanted}: "
+        f"--backbone --num-classes {wanted} takes all but the exits, which then start from initial "
+        "values; --data names another data set"
     )
 
 

@@ -5,7 +5,10 @@ one in a PyTorch checkpoint is taken off. What the names mean is in `torch.py`.
 """
 
 import json
+import logging
 import math
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +20,12 @@ from etils import epath
 from dfs_jax.interop.torch import InteropError
 from dfs_jax.writing.files import open_whole
 
-# Fields under which training scripts keep the state dict, the first one present being taken.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+log = logging.getLogger(__name__)
+
+# Fields under which training scripts keep the state dict, the first one present being taken:
+# averaged weights before others, since evaluation prefers them.
+_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "params_ema", "ema")
+_WRAPPERS += ("state_dict", "model_state_dict", "model", "net", "network", "module", "params")
 # Put before every name by DataParallel and by torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -86,27 +93,49 @@ def write_weights(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Non
 def unwrap(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """The state dict inside the content of a checkpoint, with the official names.
 
-    `{"state_dict": …}` and its like are taken off, as is a "module." before all names.
-    Raises InteropError if there is no flat dictionary of arrays.
+    `{"state_dict": …}` and its like are taken off, one within the other too, as is a "module."
+    before all names; the log tells which. Raises InteropError if there is no flat dictionary of
+    arrays.
     """
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    path: list[str] = []
+    while wrappers := _wrappers(content):
+        key, *others = wrappers
+        content = content[key]
+        path.append(key)
+        unused = f" and not those under {', '.join(others)}" if others else ""
+        log.info("%s: the weights under %s are taken%s", where, " → ".join(path), unused)
     if not isinstance(content, Mapping) or not content:
         raise InteropError(f"{where} holds no named arrays but {type(content).__name__}")
-    arrays = {}
-    for name, value in content.items():
-        if not isinstance(name, str) or not hasattr(value, "shape"):
-            raise InteropError(
-                f"{where}: {name!r} is {type(value).__name__}, not an array; a state dict is "
-                f"looked for at the top and under {', '.join(_WRAPPERS)}"
-            )
-        arrays[name] = np.asarray(value)
+    arrays = {name: np.asarray(v) for name, v in content.items() if _is_array(name, v)}
+    others = [name for name in content if name not in arrays]
+    if not arrays:
+        raise InteropError(
+            f"{where}: {others[0]!r} is {type(content[others[0]]).__name__}, not an array; a state "
+            f"dict is looked for at the top and under {', '.join(_WRAPPERS)}"
+        )
+    if others:
+        log.info("%s: left out, for they are no arrays: %s", where, ", ".join(map(str, others)))
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in arrays):
             arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
     return arrays
+
+
+def _wrappers(content: Any) -> list[str]:
+    """The fields of `content` that hold weights, the preferred one first."""
+    if not isinstance(content, Mapping):
+        return []
+    return [key for key in _WRAPPERS if _holds_arrays(content.get(key))]
+
+
+def _holds_arrays(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(
+        _is_array(name, value) or _holds_arrays(value) for name, value in content.items()
+    )
+
+
+def _is_array(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and hasattr(value, "shape")
 
 
 def _read_npz(path: epath.Path) -> dict[str, np.ndarray]:
@@ -178,17 +207,29 @@ def _read_torch(path: epath.Path) -> Any:
         import torch
     except ImportError:
         raise InteropError(
-            f"{path} can only be read with PyTorch: pip install torch, or convert it where "
-            "PyTorch is installed: safetensors.torch.save_file(torch.load(FILE), OUT)"
+            f"{path} can only be read with PyTorch: pip install torch, or convert it where PyTorch "
+            "is installed: safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
         ) from None
     try:
         with path.open("rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise InteropError(
-            f"{path} is not a PyTorch file of plain weights: {str(error).splitlines()[0]}"
+            f"{path} is not a PyTorch file of plain weights{_reason(error)}"
         ) from error
     return _numpy(content)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of torch's, unless it goes on to advise what would run code in the file."""
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+        return f": {(str(error).splitlines() or [type(error).__name__])[0]}"
+    needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return (
+        (f": it needs {needed[1]}, whose code would run here" if needed else "")
+        + ". Where the file was made, save the weights alone: "
+        "torch.save(model.state_dict(), FILE), or safetensors.torch.save_file likewise"
+    )
 
 
 def _numpy(content: Any) -> Any:

@@ -5,6 +5,8 @@ entries are numpy arrays, which `files.py` reads from files. The names are in `n
 """
 
 import dataclasses
+import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,26 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dfs_jax.interop import names
+from dfs_jax.interop import names, prefixes
 from dfs_jax.models.multi_exit import MultiExit
+
+log = logging.getLogger(__name__)
 
 Variables = dict[str, Any]
 
+_LISTED = 8  # entries at fault that a message names
+
 
 class InteropError(ValueError):
-    """Weights that do not fit; the message lists every entry at fault by its name."""
+    """Weights that do not fit; the message counts the entries at fault and names some of them."""
 
 
 def from_state_dict(network: MultiExit, arrays: Mapping[str, Any]) -> Variables:
     """Variables {"params": …, "batch_stats": …} of `network` with the entries of a state dict.
 
     `arrays` maps the official repository's names to arrays in PyTorch's layout; their types
-    are kept and `num_batches_tracked` is dropped. Raises InteropError, listing all of them,
-    for entries that are missing, unknown or of another shape.
+    are kept and `num_batches_tracked` is dropped. What training scripts put before the names is
+    taken off (`prefixes.py`), and the log tells it. Raises InteropError for entries that are
+    missing, unknown or of another shape.
     """
-    given, places, problems, _ = _compared(network, arrays)
+    given, places, problems, translation = _compared(network, arrays)
     if problems:
-        raise InteropError(_report(network, problems))
+        raise InteropError(_report(network, problems, given, translation))
     return _assembled(places, given)
 
 
@@ -46,7 +53,7 @@ def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array)
     given, places, problems, translation = _compared(network, arrays)
     severe = {name: text for name, text in problems.items() if not translation.is_exit(name)}
     if severe:
-        raise InteropError(_report(network, severe))
+        raise InteropError(_report(network, severe, given, translation))
     taken = {path: place for path, place in places.items() if not problems.keys() & place.names()}
     images = jnp.zeros(_image_shape(network, translation, given))
     # Many small random draws that run once: compiling them well would take longer.
@@ -87,9 +94,9 @@ class Made(NamedTuple):
 
 def made_for(network: MultiExit, arrays: Mapping[str, Any]) -> Made:
     """Number of classes and shape of images, for entries of a network like `network`."""
-    given = _entries(arrays)
     tree = _shapes(network, _smallest(network))
     translation = names.translation(network, tree["params"].keys())
+    given = _entries(arrays, _places(network, tree, translation)).entries
     head = given.get(translation.head)
     classes = head.shape[0] if head is not None and head.ndim else None
     return Made(classes, _image_shape(network, translation, given)[1:])
@@ -154,12 +161,13 @@ def _places(
     return places
 
 
-def _entries(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {
+def _entries(arrays: Mapping[str, Any], places: Mapping[str, _Place]) -> prefixes.Taken:
+    weights = {
         name: np.asarray(value)
         for name, value in arrays.items()
         if name.rpartition(".")[2] != "num_batches_tracked"
     }
+    return prefixes.taken(weights, {name for place in places.values() for name in place.names()})
 
 
 def _image_shape(
@@ -176,13 +184,16 @@ def _compared(
     network: MultiExit, arrays: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, _Place], dict[str, str], names.Translation]:
     """Entries, the places of the network's variables for their images, and what does not fit."""
-    given = _entries(arrays)
     tree = _shapes(network, _smallest(network))
     translation = names.translation(network, tree["params"].keys())
+    places = _places(network, tree, translation)
+    given, prefix, left_out = _entries(arrays, places)
+    if prefix:
+        others = f"; left out: {_listed(left_out)}" if left_out else ""
+        log.info("%d entries under %r are taken%s", len(given), prefix, others)
     image_shape = _image_shape(network, translation, given)
     if image_shape != _smallest(network):
-        tree = _shapes(network, image_shape)
-    places = _places(network, tree, translation)
+        places = _places(network, _shapes(network, image_shape), translation)
     return given, places, _misfits(places, given), translation
 
 
@@ -209,12 +220,52 @@ def _misfits(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> d
     return problems | {name: "unknown" for name in given if name not in wanted}
 
 
-def _report(network: MultiExit, problems: Mapping[str, str]) -> str:
-    lines = "".join(f"\n  {name}: {text}" for name, text in sorted(problems.items()))
-    return (
-        f"{len(problems)} entries do not fit {type(network).__name__} with "
-        f"{network.num_classes} classes and beta {network.surgery.beta}:{lines}"
+def _report(
+    network: MultiExit,
+    problems: Mapping[str, str],
+    given: Mapping[str, Any],
+    translation: names.Translation,
+) -> str:
+    """At most ten lines: how many entries are at fault, and some of them."""
+
+    def shallow_first(name: str) -> tuple[bool, str]:
+        return translation.is_exit(name), name
+
+    kinds = {
+        words: sorted(
+            (n for n, text in problems.items() if text.startswith(kind)), key=shallow_first
+        )
+        for kind, words in _KINDS.items()
+    }
+    kinds = {words: found for words, found in kinds.items() if found}
+    head = (
+        f"{len(problems)} entries do not fit {type(network).__name__} with {network.num_classes} "
+        f"classes and beta {network.surgery.beta}: "
+        + ", ".join(f"{len(found)} {words}" for words, found in kinds.items())
     )
+    if len(problems) <= _LISTED:
+        return head + "".join(f"\n  {name}: {problems[name]}" for name in sorted(problems))
+    if start := prefixes.common(given):
+        head += f"; all names there begin with {start!r}"
+    some = (_LISTED - 1) // len(kinds)
+    shown = [n for n in (translation.head,) if n in problems]  # it tells the number of classes
+    shown += [n for found in kinds.values() for n in found[:some] if n not in shown]
+    unknown = kinds.get(_KINDS["unknown"], [])
+    lines = []
+    for name in shown:
+        near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.5)
+        near = near if problems[name].startswith("missing") else []
+        lines.append(f"{name}: {problems[name]}" + "".join(f"; nearest there: {n}" for n in near))
+    return "\n  ".join([head, *lines, f"and {len(problems) - len(shown)} more"])
+
+
+# What is said of an entry begins with, and the same of several.
+_KINDS = {"missing": "are missing", "unknown": "are unknown", "shape": "have another shape"}
+
+
+def _listed(found: tuple[str, ...]) -> str:
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
 
 
 def _assembled(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> Variables:

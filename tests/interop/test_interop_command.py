@@ -11,6 +11,7 @@ from dfs_jax.interop.files import read_weights, write_weights
 from dfs_jax.interop.torch import from_state_dict, made_for, to_state_dict
 from dfs_jax.models import create_model
 from dfs_jax.surgery import Surgery
+from dfs_jax.training import lineage
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import restore
@@ -60,6 +61,9 @@ def test_the_workdir_is_that_of_a_run(loaded):
     want = from_state_dict(_network(beta=0.25), entries)
     jax.tree.map(np.testing.assert_array_equal, state.variables, want)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    told = lineage.warning(config, str(workdir))
+    assert str(workdir.parent / "w.npz") in told
+    assert "not known whether they were trained on the images that are held out here" in told
 
 
 def test_what_went_in_comes_out(loaded, tmp_path, capsys):
@@ -116,6 +120,37 @@ def test_refusals(tmp_path, capfd, arguments, message):
     arguments += ["--weights", str(tmp_path / "w.npz"), "--workdir", str(tmp_path / "run")]
     assert main(arguments) == 2
     assert re.search(message, capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(np.nan, np.float32), (-np.inf, np.float16), (1e300, np.float64)]
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, capfd, value, kind):
+    entries = _weights()
+    name = "classifier.2.linear.1.bias"
+    entries[name] = np.full(10, value, kind)
+    write_weights(tmp_path / "w.npz", entries)
+    arguments = ["--network", "msdnet_digits", "--weights", str(tmp_path / "w.npz")]
+    assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+    cast, where = (", as float32,", "params/exits_2/dense/bias") if value > 0 else ("", name)
+    told = f"--weights: {tmp_path / 'w.npz'}{cast} has NaN or infinity in {where}"
+    assert told in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("own", [["--num-classes", "10"], []])
+def test_another_number_of_classes_names_the_flag(tmp_path, capfd, own):
+    """Which the data set tells, too."""
+    write_weights(tmp_path / "w.npz", _weights(num_classes=3))
+    arguments = ["--network", "msdnet_digits", "--weights", str(tmp_path / "w.npz")]
+    assert main([*arguments, "--workdir", str(tmp_path / "run"), *own]) == 2
+    source = "--num-classes" if own else "data set 'digits'"
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"error: --weights: {tmp_path / 'w.npz'} is made for 3 classes, {source} says 10: "
+        "--backbone --num-classes 10 takes all but the exits, which then start from initial "
+        "values; --data names another data set"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """State dicts against variables: names, layout, round trips, refusals, backbones."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 from golden_networks import NETWORKS, state_dict_names
 
-from dfs_jax.interop.torch import InteropError, from_backbone, from_state_dict, to_state_dict
+from dfs_jax.interop.torch import (
+    InteropError,
+    from_backbone,
+    from_state_dict,
+    made_for,
+    to_state_dict,
+)
 from dfs_jax.models import create_model, names
 from dfs_jax.surgery import Surgery
 
@@ -141,6 +148,46 @@ def test_everything_that_does_not_fit_is_named():
     assert "classifier.1.linear.1.weight: shape (9, 32), expected (7, 32)" in message
     assert "module.extra: unknown" in message
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net._orig_mod."])
+def test_names_with_something_before_them_are_taken(prefix, caplog):
+    network, variables = _small("vgg7_cifar100")
+    entries = to_state_dict(network, variables)
+    arrays = {f"{prefix}{name}": value for name, value in entries.items()}
+    with caplog.at_level(logging.INFO):
+        found = from_state_dict(network, arrays | {"criterion.weight": np.ones(7)})
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    assert f"entries under {prefix!r} are taken; left out: criterion.weight" in caplog.text
+    assert made_for(network, arrays).num_classes == 7
+
+
+def test_a_backbone_with_something_before_its_names():
+    network, variables = _small("vit_tiny_patch16")
+    arrays = {f"model.{n}": v for n, v in _timm_backbone(network, variables, 1000).items()}
+    loaded = from_backbone(network, arrays, jax.random.key(3))
+    np.testing.assert_array_equal(
+        loaded["params"]["blocks_1"]["mlp"]["fc1"]["kernel"],
+        variables["params"]["blocks_1"]["mlp"]["fc1"]["kernel"],
+    )
+
+
+def test_of_many_entries_that_do_not_fit_some_are_named():
+    """The counts, the prefix and the nearest names, in ten lines."""
+    network, variables = _small("resnet18_cifar100")
+    entries = to_state_dict(network, variables)
+    arrays = {f"encoder.net_{name}": value for name, value in entries.items()}
+    with pytest.raises(InteropError) as error:
+        from_state_dict(network, arrays)
+    lines = str(error.value).splitlines()
+    assert len(lines) <= 10
+    assert re.match(r"\d+ entries do not fit ResNet with 7 classes", lines[0])
+    assert "are missing" in lines[0]
+    assert "are unknown; all names there begin with 'encoder.'" in lines[0]
+    assert (
+        lines[1] == "  fc4.weight: missing, shape (7, 512); nearest there: encoder.net_fc4.weight"
+    )
+    assert re.match(r"  and \d+ more$", lines[-1])
 
 
 def test_another_beta_is_a_shape_that_does_not_fit():

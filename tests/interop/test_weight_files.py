@@ -1,7 +1,10 @@
 """Weight files: what is written is read back; damage, strangers and code are refused."""
 
 import json
+import logging
+import pickle
 import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -115,6 +118,29 @@ def test_a_prefix_of_some_names_only_stays():
     assert set(unwrap({"module.a": np.ones(2), "b": np.ones(2)}, "file")) == {"module.a", "b"}
 
 
+WEIGHTS, AVERAGED = {"a": np.zeros(2)}, {"a": np.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "taken", "told"),
+    [
+        ({"state_dict_ema": AVERAGED}, 1, "under state_dict_ema are taken"),
+        ({"state_dict": WEIGHTS, "state_dict_ema": AVERAGED}, 1, "not those under state_dict"),
+        ({"model": WEIGHTS, "model_ema": {"module": AVERAGED}}, 1, "model_ema → module are taken"),
+        ({"state_dict": {"model": WEIGHTS, "decay": 0.9}, "epoch": 3}, 0, "state_dict → model"),
+        ({"ema": None, "params": {"lr": 0.1}, "model": WEIGHTS}, 0, "under model are taken"),
+        ({"ema": {"decay": 0.9}, "a": WEIGHTS["a"], "epoch": 3}, 0, "no arrays: ema, epoch"),
+    ],
+)
+def test_which_weights_of_a_file_are_taken(content, taken, told, caplog):
+    """Averaged ones before others, and what was taken is told."""
+    with caplog.at_level(logging.INFO):
+        found = unwrap(content, "file")
+    assert found.keys() == {"a"}
+    assert found["a"].tolist() == [taken] * 2
+    assert told in caplog.text
+
+
 @pytest.mark.parametrize("content", [{}, [1, 2], {"epoch": 3}, {"weights": {"a": np.ones(2)}}])
 def test_what_is_not_a_state_dict(content):
     with pytest.raises(InteropError, match="file"):
@@ -126,6 +152,39 @@ def test_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InteropError, match="pip install torch, or convert it"):
         read_weights(tmp_path / "w.pth")
+
+
+# The beginning of what torch 2.6 and later say.
+ADVICE = """Weights only load failed. This file can still be loaded, to do so you have two options
+\t(1) Re-running `torch.load` with `weights_only` set to `False` will likely succeed
+\t(2) WeightsUnpickler error: Unsupported global: GLOBAL argparse.Namespace was not an allowed"""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            pickle.UnpicklingError(ADVICE),
+            ": it needs argparse.Namespace, whose code would run here",
+        ),
+        (pickle.UnpicklingError("invalid load key"), "."),
+        (RuntimeError("Cannot use ``weights_only=True`` with TorchScript archives"), "."),
+        (RuntimeError("failed reading zip archive\nmore"), ": failed reading zip archive"),
+    ],
+)
+def test_what_pytorch_refuses_is_told_without_its_advice(tmp_path, monkeypatch, error, reason):
+    def load(file, *, map_location, weights_only):
+        assert weights_only
+        raise error
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    (tmp_path / "w.pth").write_bytes(b"")
+    with pytest.raises(InteropError) as refused:
+        read_weights(tmp_path / "w.pth")
+    message = str(refused.value)
+    assert f"w.pth is not a PyTorch file of plain weights{reason}" in message
+    assert "weights_only" not in message
+    assert ("torch.save(model.state_dict(), FILE)" in message) == ("zip" not in message)
 
 
 def test_pytorch_files(tmp_path):
