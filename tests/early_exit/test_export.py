@@ -1,5 +1,6 @@
 """What export puts into a bundle."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -125,3 +126,27 @@ def test_thresholds_of_another_checkpoint_are_refused(tmp_path):
     (tmp_path / "thresholds.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be used"):
         export._saved_thresholds(str(tmp_path), 10, 3)
+
+
+def test_thresholds_that_do_not_say_their_checkpoint(tmp_path):
+    """As earlier versions wrote them: taken if they are those of the evaluation beside them."""
+    chosen = bundles.THRESHOLDS[1]
+    (tmp_path / "thresholds.json").write_text(json.dumps(chosen.to_json()))
+    for evaluated, fine in (
+        ({"step": 10, "chosen": {"thresholds": chosen.to_json()}}, True),
+        ({"step": 10, "chosen": None}, False),
+        ({"step": 10, "chosen": {"thresholds": bundles.THRESHOLDS[0].to_json()}}, False),
+    ):
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluated))
+        if fine:
+            assert export._saved_thresholds(str(tmp_path), 10, 3, "ab") == chosen
+            continue
+        with pytest.raises(ValueError, match="is of another evaluation; evaluate again: python -m"):
+            export._saved_thresholds(str(tmp_path), 10, 3, "ab")
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="cannot be used: "):
+        export._saved_thresholds(str(tmp_path), 10, 3, "ab")
+    # Those that say it need no evaluation.
+    own = dataclasses.replace(chosen, step=10, weights="ab")
+    (tmp_path / "thresholds.json").write_text(json.dumps(own.to_json()))
+    assert export._saved_thresholds(str(tmp_path), 10, 3, "ab") == own

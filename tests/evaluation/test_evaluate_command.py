@@ -2,6 +2,8 @@
 
 import csv
 import json
+import logging
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +13,9 @@ from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import evaluate, main
 from dfs_jax.distributed import placement
-from dfs_jax.early_exit import budget
+from dfs_jax.early_exit import budget, export
 from dfs_jax.early_exit.budget import Thresholds
+from dfs_jax.early_exit.bundle import EarlyExit
 from dfs_jax.evaluation.answers import answer_split, answerer
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import restore
@@ -179,6 +182,81 @@ def test_thresholds_for_a_target(workdir, tmp_path, capsys, target, words):
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["chosen"]["thresholds"] == thresholds.to_json()
     assert sum(document["chosen"]["leaving"]) == tiny_run.TEST
+
+
+def _json(path):
+    return json.loads(path.read_text())
+
+
+def test_a_directory_holds_the_files_of_one_evaluation(workdir, tmp_path, capsys):
+    """What a later one does not write anew is removed, and that is told."""
+    assert _command(workdir, tmp_path, "--step", "10", "--budget", "1e9") == 0
+    first = _json(tmp_path / "thresholds.json")
+    assert first["step"] == 10
+    assert first["weights"] == _json(tmp_path / "evaluation.json")["weights"]
+    assert "removed" not in capsys.readouterr().out
+    (tmp_path / "mine.json").write_text("{}")
+    assert _command(workdir, tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "removed, since an earlier evaluation wrote them: thresholds.json" in told
+    assert {p.name for p in tmp_path.iterdir()} == WITH_VALIDATION | {"mine.json"}
+    document = _json(tmp_path / "evaluation.json")
+    assert (document["step"], document["chosen"], document["warning"]) == (12, None, "")
+    stamps = {(t["step"], t["weights"], t["warning"]) for t in _json(tmp_path / "budgets.json")}
+    assert stamps == {(12, document["weights"], "")}
+    assert document["weights"] != first["weights"]
+
+
+def test_a_bundle_gets_the_thresholds_of_its_own_checkpoint(workdir, tmp_path, capsys):
+    run, bundle = tmp_path / "run", tmp_path / "b"
+    shutil.copytree(workdir, run)
+    exported = ["--workdir", str(run), "--out", str(bundle), "--batch-size", "1"]
+    assert evaluate.main(["--workdir", str(run), "--step", "10", "--budget", "1e9"]) == 0
+    chosen = _json(run / "thresholds.json")
+    capsys.readouterr()
+    assert export.main(exported) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {run / 'thresholds.json'} belongs to step 10, but step 12 is exported; give "
+        "--step 10, or fit thresholds to step 12: python -m dfs_jax.evaluate --workdir "
+        f"{run} --step 12 and a target (there: a cost of at most 1e+09 per image)"
+    )
+    assert not bundle.exists()
+    # Another run that came to the same number of steps.
+    foreign = {**chosen, "weights": "0123456789abcdef"}
+    (run / "thresholds.json").write_text(json.dumps(foreign))
+    assert export.main([*exported, "--step", "10"]) == 2
+    assert "belongs to other weights of step 10; fit anew: python" in capsys.readouterr().err
+    (run / "thresholds.json").write_text(json.dumps(chosen))
+    assert export.main([*exported, "--step", "10"]) == 0
+    manifest = EarlyExit.load(bundle).manifest
+    assert manifest["thresholds"] == chosen
+    assert {t["weights"] for t in manifest["family"]} == {chosen["weights"]}
+    assert manifest["weights"] == chosen["weights"]
+
+
+def test_thresholds_on_images_that_were_trained_on_carry_a_warning(
+    unvalidated, tmp_path, capsys, caplog
+):
+    """In every output: a run without a validation split was where this one started."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    _train(run, "train.steps=1", f"train.init_from={unvalidated}")
+    capsys.readouterr()
+    assert evaluate.main(["--workdir", str(run), "--risk", "0.3", "--confidence", "0.9"]) == 0
+    warning = _json(run / "evaluation.json")["warning"]
+    assert warning.startswith("thresholds and temperatures may promise too much: they rest on ")
+    assert f"weights of {unvalidated}, which held out other images" in warning
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert _json(run / "thresholds.json")["warning"] == warning
+    assert {t["warning"] for t in _json(run / "budgets.json")} == {warning}
+    for name in ("budgeted.csv", "calibration.csv"):
+        assert {row["warning"] for row in _rows(run / name)} == {warning}
+    exported = ["--workdir", str(run), "--out", str(out), "--batch-size", "1"]
+    assert export.main(exported) == 0
+    assert f"warning: {warning}" in capsys.readouterr().out
+    with caplog.at_level(logging.WARNING):
+        loaded = EarlyExit.load(out)
+    assert f"{out}: {warning}" in caplog.text
+    assert {t.warning for t in (loaded.thresholds, *loaded.family)} == {warning}
 
 
 def test_without_validation_the_rest_is_done_and_the_lack_is_told(unvalidated, tmp_path, capsys):
