@@ -21,6 +21,10 @@ target it also writes the thresholds that meet it to thresholds.json: a mean cos
 (--budget 100e6 multiply-adds), a validation accuracy in [0, 1], or an accuracy at most E below the
 full network's with probability D. Without a validation split there are no thresholds and no
 temperatures; with `--split validation` they are shown on the very images they were fitted to.
+
+The files are those of one evaluation: what this one does not write anew is removed, and told.
+Thresholds say the step and the weights that they were fitted to, and warn if the weights may have
+been trained on the validation images (`training/lineage.py`).
 """
 
 import sys
