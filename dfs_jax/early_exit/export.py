@@ -6,7 +6,8 @@
 Every segment and exit becomes a StableHLO program for each batch size up to B, for CPU, CUDA and
 TPU. Thresholds are fitted on the validation split, for any budget; if `dfs_jax.evaluate` left
 thresholds for a target in the workdir (thresholds.json), those are what the bundle uses when no
-budget is given; thresholds of another checkpoint are refused. A run without a validation split gives a bundle whose last exit answers all.
+budget is given; thresholds of another checkpoint are refused. A run without a validation split
+gives a bundle whose last exit answers all.
 """
 
 import argparse
