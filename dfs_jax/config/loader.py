@@ -83,7 +83,7 @@ def _reason(error: BaseException) -> str:
     """The message of `error` on one line; ml_collections wraps its own, and lists all fields."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    text = str(error.args[0] if error.args else error)
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
     text = re.sub(r'Other fields present: ".*"', "", text)
     return " ".join(text.split())
 
