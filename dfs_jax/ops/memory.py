@@ -8,6 +8,11 @@ from pathlib import Path
 
 import jax
 
+SHORTAGE = (
+    "memory has run out; smaller batches need less (train.batch_size, train.eval_batch_size, or "
+    "what the command calls them)"
+)
+
 
 def available(devices: Sequence[jax.Device]) -> int | None:
     """Bytes that each of these `devices` of this process can still take; None if unknown.
