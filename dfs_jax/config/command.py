@@ -81,10 +81,16 @@ def run(
     except OSError as error:  # a disk, not a defect
         print(f"error: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if type(error).__module__.split(".")[0] != "dfs_jax":
+    except Exception as error:
+        from dfs_jax.ops import memory  # it imports JAX, which flags alone do not need
+
+        if memory.is_shortage(error):
+            told = memory.SHORTAGE
+        elif isinstance(error, RuntimeError) and type(error).__module__.startswith("dfs_jax."):
+            told = str(error)
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return 1
 
 

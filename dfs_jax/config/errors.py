@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -33,3 +35,16 @@ def unknown(key: str, known: Iterable[str], what: str) -> str:
 def listed(known: Iterable[str]) -> str:
     """The names in alphabetical order, or "none"."""
     return ", ".join(sorted(known)) or "none"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxset = 8
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """`value` as Python writes it, shortened where it is long: a message stays one sentence."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"

@@ -4,9 +4,12 @@ Where the JSON is kept is the business of `training/workdir.py`.
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +17,11 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dfs_jax.config.errors import ConfigError, listed, unknown
+from dfs_jax.config.errors import ConfigError, listed, shown, unknown
 from dfs_jax.config.fields import default, set_gradients, set_network
+from dfs_jax.config.limits import check
+
+_LONGEST = 400  # characters of a message that is not ours
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -34,6 +40,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     for path, text in pairs:
         if path not in ("model.name", "gradients.name"):
             _override(c, path, text)
+    check(c)
     return c.lock()
 
 
@@ -46,8 +53,39 @@ def load_module(file: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config: {file!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with refusing_mistakes(file):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def refusing_mistakes(file: str) -> Iterator[None]:
+    """Whatever is raised within, by Python code of a user's own `file`, becomes a ConfigError.
+
+    It names the last line of `file` that was reached.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines = [error.lineno]
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
+        where = f" (line {lines[-1]})" if lines else ""
+        raise ConfigError(f"{file}: {reason}{where}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The message of `error` on one line; ml_collections wraps its own, and lists all fields."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    text = re.sub(r'Other fields present: ".*"', "", text)
+    return " ".join(text.split())
 
 
 def to_json(c: ml_collections.ConfigDict) -> str:
@@ -102,27 +140,29 @@ def _merge(c: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists, at any depth, as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """Lists, at any depth, as tuples, which they were before they became JSON."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _get_config(file: str, preset: str | None) -> ml_collections.ConfigDict:
     module = load_module(file)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config: {file!r} has no function get_config(preset)")
-    try:
-        return module.get_config(preset)
-    except (AttributeError, KeyError, TypeError) as error:  # a wrong field or type in the file
-        # ml_collections quotes its own message once more, which escapes its line break.
-        reason = str(error.args[0] if error.args else error)
-        reason = reason.replace("\\n", "; ").replace("\\", "")
-        raise ConfigError(f"{file}: {reason}") from error
+    with refusing_mistakes(file):
+        c = module.get_config(preset)
+    if not isinstance(c, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{file}: get_config must return what dfs_jax.config.default() gives, with changes; "
+            f"it returned {shown(c)}"
+        )
+    return c
 
 
 def _split(item: str) -> tuple[str, str]:
     path, equals, text = item.partition("=")
+    path = path if len(path) <= 100 else f"{path[:100]}…"
     if not equals:
-        raise ConfigError(f"--config.{item}: give a value as --config.{item}=VALUE")
+        raise ConfigError(f"--config.{path}: give a value as --config.{path}=VALUE")
     return path, text
 
 
@@ -145,9 +185,12 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
         if value is None and not isinstance(fields[leaf], config_dict.FieldReference):
             raise ValueError(text)
         node[leaf] = value
-    except (TypeError, ValueError):
-        kind = node.get_type(leaf).__name__
-        raise ConfigError(f"config.{path}: {text!r} is not a value of type {kind}") from None
+    except (TypeError, ValueError, OverflowError):
+        kind = node.get_type(leaf)
+        hint = ", which is written as (1, 2) or ('text',)" if kind is tuple else ""
+        raise ConfigError(
+            f"config.{path}: {shown(text)} is not a value of type {kind.__name__}{hint}"
+        ) from None
 
 
 def _parse(text: str, kind: type) -> Any:
@@ -160,10 +203,11 @@ def _parse(text: str, kind: type) -> Any:
         return words[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(text) from None
-    if kind is tuple and not isinstance(value, tuple):
-        return tuple(value) if isinstance(value, list) else (value,)
+    if kind is tuple:
+        value = _tuples(value)
+        return value if isinstance(value, tuple) else (value,)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind and value is not None:

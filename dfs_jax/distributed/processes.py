@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dfs_jax.config import ConfigError
+from dfs_jax.ops import memory
 
 # A process that says nothing for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 10
@@ -78,6 +79,8 @@ def ending_together() -> Iterator[None]:
                 "checkpoint, also with another number of processes",
                 file=sys.stderr,
             )
+        elif memory.is_shortage(error):
+            print(f"error: process {jax.process_index()}: {memory.SHORTAGE}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()

@@ -58,6 +58,11 @@ def l2w_den(
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"gradients.options.{name} must be 0 or more, got {value}")
+    if num_exits * abs(math.log10(quota)) > 300:
+        raise ValueError(
+            f"gradients.options.quota, to the power of {num_exits} exits, must stay within 1e300 "
+            f"and 1e-300, got {quota}"
+        )
     adam = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
     def init(params):
@@ -95,7 +100,7 @@ def l2w_den(
         gradients, aux = jax.grad(total, has_aux=True)(params)
         return Update(gradients), aux, (mlp, moments)
 
-    return GradientMethod(init, apply, check)
+    return GradientMethod(init, apply, check, smallest_batch=2)
 
 
 def initial_mlp(num_exits: int, hidden: int, dtype) -> dict[str, jax.Array]:

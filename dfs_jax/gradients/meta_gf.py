@@ -72,6 +72,11 @@ def meta_gf(
     weights = _loss_weights(num_exits, auxiliary, auxiliary_weights)
     if phase_steps < 1:
         raise ValueError(f"gradients.options.phase_steps must be at least 1, got {phase_steps}")
+    if (num_exits + 1) * phase_steps >= 2**31:  # counted in int32
+        raise ValueError(
+            f"gradients.options.phase_steps must be below {2**31 // (num_exits + 1)} with "
+            f"{num_exits} exits, got {phase_steps}"
+        )
     if not learning_rate >= 0:
         raise ValueError(f"gradients.options.learning_rate must be 0 or more, got {learning_rate}")
     if not 0 <= momentum <= 1:

@@ -41,9 +41,11 @@ class GradientMethod(NamedTuple):
         no sense with them.
       cycle: number of steps after which the parameters are those of a finished update. More
         than 1 for a method with phases; it restarts, and so cannot accumulate gradients.
+      smallest_batch: number of examples that a pass needs at least.
     """
 
     init: Callable[[Any], Any]
     apply: Callable[[Problem, Any, Any, jax.Array], tuple[Update, Aux, Any]]
     check: Callable[[Any, Any], None] = lambda network, objective: None
     cycle: int = 1
+    smallest_batch: int = 1

@@ -33,8 +33,8 @@ def nash_mtl(num_exits: int, *, max_norm: float = 1.0, iterations: int = 20) -> 
     """
     if not max_norm > 0:
         raise ValueError(f"gradients.options.max_norm must be positive, got {max_norm}")
-    if iterations < 1:
-        raise ValueError(f"gradients.options.iterations must be at least 1, got {iterations}")
+    if not 1 <= iterations <= 10_000:  # each waits for the one before
+        raise ValueError(f"gradients.options.iterations must be 1 to 10,000, got {iterations}")
 
     def init(params):
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))

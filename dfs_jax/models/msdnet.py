@@ -73,6 +73,11 @@ class MSDNet(MultiExit):
                 )
                 width += self.growth
                 if before > kept:
+                    if self.reduction * width < 1:
+                        raise ValueError(
+                            f"model.options.reduction = {self.reduction} leaves none of {width} "
+                            "channels"
+                        )
                     width = math.floor(self.reduction * width)
                     widths = [width * factor for factor in self.factors[scales - kept :]]
                     transitions[f"{i}_{j}"] = Transition(widths, dtype=self.dtype)

@@ -1,7 +1,7 @@
 """The networks by name, with the options each of them takes and the published values."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if dropout_rate is not None and not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate must lie in [0, 1), got {dropout_rate}")
+    _check_values(name, options)
     full_precision(dtype)  # raises for what is not a type
     return network.build(
         num_classes=num_classes,
@@ -135,6 +136,36 @@ def create_model(
         **network.fixed,
         **{**network.options, **options},
     )
+
+
+# Larger ones are slips: tracing so many layers takes minutes, so wide a layer any memory.
+_MOST_LAYERS, _WIDEST = 250, 2**16
+_LAYERS = ("steps", "widths", "depth")  # options that say how many layers there are
+
+
+def _check_values(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of `options` that no network of that name can have."""
+    for option, value in options.items():
+        where = f"{name}: model.options.{option}"
+        if option == "reduction" and not 0 < value <= 1:
+            raise ValueError(f"{where} must lie in (0, 1], got {value}")
+        numbers = _whole_numbers(where, value)
+        least = 0 if option == "first_exit" else 1
+        if any(not least <= number <= _WIDEST for number in numbers):
+            raise ValueError(f"{where} must be {least} to {_WIDEST:,}, got {value}")
+        if option in _LAYERS:
+            layers = len(numbers) if option == "widths" else sum(numbers)
+            if layers > _MOST_LAYERS:
+                raise ValueError(f"{where} makes {layers} layers; there can be {_MOST_LAYERS}")
+
+
+def _whole_numbers(where: str, value: Any) -> list[int]:
+    """Those in an option's value; raises ValueError for an empty tuple, at any depth."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError(f"{where} must name at least one layer of each part, got nothing")
+        return [number for one in value for number in _whole_numbers(where, one)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def _find(name: str) -> Network:

@@ -12,6 +12,7 @@ import ml_collections
 
 from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
+from dfs_jax.config.errors import shown
 
 # Labels of an axis and the overrides that each stands for; "preset=WORD" chooses a preset word.
 Axis = Mapping[str, Sequence[str]]
@@ -89,5 +90,8 @@ def load(path: str) -> tuple[Grid, list[Cell]]:
     module = configuration.load_module(path)
     if not hasattr(module, "get_grid"):
         raise ConfigError(f"--config: {path!r} has no function get_grid()")
-    grid = module.get_grid()
+    with configuration.refusing_mistakes(path):
+        grid = module.get_grid()
+    if not isinstance(grid, Grid):
+        raise ConfigError(f"{path}: get_grid() must return a Grid, it returned {shown(grid)}")
     return grid, cells(grid, Path(path).resolve().parent)

@@ -13,6 +13,7 @@ import jax
 import optax
 
 from dfs_jax.config import ConfigError
+from dfs_jax.config.errors import shown
 
 
 def chosen(patterns: Sequence[str], tree: Any) -> Any:
@@ -48,13 +49,13 @@ def check(patterns: Sequence[str], params: Any) -> None:
     for pattern in patterns:
         try:
             any_found = any(jax.tree.leaves(chosen([pattern], params)))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
-                f"train.freeze: {pattern!r} is no regular expression: {error}"
+                f"train.freeze: {shown(pattern)} is no regular expression: {error}"
             ) from error
         if not any_found:
             raise ConfigError(
-                f"train.freeze: {pattern!r} is in the path of no parameter; they begin with "
+                f"train.freeze: {shown(pattern)} is in the path of no parameter; they begin with "
                 f"{', '.join(sorted(params))}"
             )
 

@@ -12,6 +12,7 @@ never needs a change here.
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -21,7 +22,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import EvalSource
 from dfs_jax.distributed import placement, processes
 from dfs_jax.models.cost import exit_costs
-from dfs_jax.training import checkpoint, metrics, progress
+from dfs_jax.training import checkpoint, memory, metrics, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.run import Run, prepare
@@ -36,11 +37,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     """Train as `config` says in `workdir`, going on from its newest checkpoint.
 
     Returns the final metrics, `test/…` among them, and prints them as a table. Raises
-    ConfigError for a configuration or workdir that cannot be used, before anything is compiled
-    or changed; TrainingError when a loss is not finite.
+    ConfigError for a configuration or workdir that cannot be used and for a step that does not fit
+    into memory, before anything is changed; TrainingError when a loss is not finite.
     """
     run = prepare(config, workdir)
-    _refuse_longer_run(run, workdir)
+    train_step = _fitting_step(run, workdir)
     weights = given_weights(run, workdir)
     directory = workdirs.create(config, workdir)
     print(placement.describe(run.mesh), flush=True)
@@ -59,7 +60,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
                 progress.describe(run, state.params, start, directory)
                 saves = Saves(config, saver, _every(run, "checkpoint"), start)
                 with contextlib.closing(saves):
-                    state = _loop(run, state, start, directory, saves, writer, held_out)
+                    state = _loop(run, state, start, directory, saves, writer, held_out, train_step)
             final = _test(run, state, writer)
     if jax.process_index() == 0:
         print(progress.final_table(run, final), flush=True)
@@ -74,10 +75,11 @@ def _loop(
     saves: Saves,
     writer: metrics.MetricWriter,
     held_out: EvalSource,
+    train_step: Callable | None,
 ) -> TrainState:
     """Steps `start`+1 … total, with evaluations and checkpoints on their way; the last state."""
     by_batch = placement.batch(run.mesh)
-    train_step, probe = make_train_step(run), make_conflict_probe(run)
+    train_step, probe = train_step or make_train_step(run), make_conflict_probe(run)
     count = batch_counter(run.network, placement.replicated(run.mesh))
     reporter = progress.Reporter(run, writer, start)
     profile = progress.Profile(run, directory)
@@ -132,14 +134,23 @@ def _every(run: Run, what: str) -> int:
     return run.config.train[f"{what}_every"] or max(1, round(run.steps_per_epoch))
 
 
-def _refuse_longer_run(run: Run, workdir: str) -> None:
-    """Raise ConfigError, changing nothing, for a workdir that is past the end of `run`."""
+def _fitting_step(run: Run, workdir: str) -> Callable | None:
+    """The training step, compiled, or None where `workdir` is at the end of `run` already.
+
+    Raises ConfigError, changing nothing, where it does not fit into memory and where `workdir`
+    is past the end.
+    """
     reached = checkpoint.newest_step(epath.Path(workdir) / "checkpoints") or 0
     if reached > run.total_steps:
         raise ConfigError(
             f"--workdir: {workdir} is at step {reached} already, beyond the {run.total_steps} "
             "steps of this configuration; ask for more, or choose another workdir"
         )
+    if reached == run.total_steps:
+        return None
+    train_step = make_train_step(run)
+    memory.check_step(run, train_step)
+    return train_step
 
 
 def _test(run: Run, state: TrainState, writer: metrics.MetricWriter) -> dict[str, float]:

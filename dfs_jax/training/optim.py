@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from dfs_jax.config import ConfigError
+from dfs_jax.config import ConfigError, limits
+from dfs_jax.config.errors import shown
 
 
 def create_optimizer(
@@ -29,16 +30,13 @@ def create_optimizer(
     Raises:
       ConfigError: for an unknown name or a value out of range.
     """
+    limits.check(config, "optimizer")
     o = config.optimizer
-    _check_number("learning_rate", o.learning_rate, o.learning_rate >= 0, "0 or more")
-    _check_number("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more")
-    _check_number("momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)")
     if steps_per_epoch <= 0 or total_steps < 1:
         raise ConfigError(
             f"a run of {total_steps} steps with {steps_per_epoch} steps per epoch has no updates"
         )
     schedule = create_schedule(config, steps_per_epoch, total_steps)
-    _check_number("clip_norm", o.clip_norm, o.clip_norm >= 0, "0 (off) or more")
     update = _look_up(OPTIMIZERS, "name", o.name)(o, schedule)
     if o.clip_norm:
         update = optax.chain(optax.clip_by_global_norm(o.clip_norm), update)
@@ -57,7 +55,6 @@ def create_schedule(
     """
     o = config.optimizer
     rise = _look_up(WARMUPS, "warmup", o.warmup)
-    _check_number("warmup_epochs", o.warmup_epochs, o.warmup_epochs >= 0, "0 or more")
     warmup = _steps(o.warmup_epochs, steps_per_epoch)
     after = _look_up(SCHEDULES, "schedule", o.schedule)(o, steps_per_epoch, total_steps, warmup)
     if warmup == 0:
@@ -143,11 +140,10 @@ def _multistep(o, steps_per_epoch, total_steps, warmup) -> optax.Schedule:
     The official code raises the rate to the sum of floor(epoch / milestone), which counts a
     milestone twice from epoch 2 · milestone on; with the published milestones the two agree.
     """
-    _check_number("decay_rate", o.decay_rate, o.decay_rate > 0, "above 0")
     milestones = tuple(o.milestones)
     if any(m <= 0 for m in milestones) or any(a >= b for a, b in itertools.pairwise(milestones)):
         raise ConfigError(
-            f"config.optimizer.milestones = {milestones} must be epochs above 0, increasing"
+            f"config.optimizer.milestones = {shown(milestones)} must be epochs above 0, increasing"
         )
     boundaries = [_steps(m, steps_per_epoch) for m in milestones]
     # A table, so that the powers are those of Python's float64.
@@ -181,20 +177,33 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 }
 
 
+def without_effect(o: ml_collections.ConfigDict, epochs: float) -> list[str]:
+    """Sentences on what a run of `epochs` has of the schedule `o` in name only."""
+    found = []
+    if o.learning_rate == 0:
+        found.append("optimizer.learning_rate is 0: no parameter will move")
+    if o.warmup_epochs > epochs:
+        found.append(
+            f"optimizer.warmup_epochs = {o.warmup_epochs:g} is longer than the run of {epochs:.3g} "
+            "epochs: the learning rate never reaches its peak"
+        )
+    if o.schedule == "multistep" and o.milestones and min(o.milestones) >= epochs:
+        found.append(
+            f"optimizer.milestones = {shown(tuple(o.milestones))} lie beyond the run of "
+            f"{epochs:.3g} epochs: the learning rate is never lowered"
+        )
+    return found
+
+
 def _steps(epochs: float, steps_per_epoch: float) -> int:
-    """The first step that is not before `epochs`."""
+    """The first step that is not before `epochs`; the largest there can be if it is beyond."""
     # Rounded first: 3 · (100 / 3) is a little more than 100 in floating point.
-    return math.ceil(round(epochs * steps_per_epoch, 6))
-
-
-def _check_number(field: str, value: float, ok: bool, range_: str) -> None:
-    if not ok or not math.isfinite(value):
-        raise ConfigError(f"config.optimizer.{field} = {value} must be {range_}")
+    return min(math.ceil(round(epochs * steps_per_epoch, 6)), limits.LARGEST_INTEGER)
 
 
 def _look_up(registry: dict[str, Callable], field: str, name: str) -> Callable:
     if name not in registry:
         raise ConfigError(
-            f"config.optimizer.{field} = {name!r} is unknown; known: {', '.join(registry)}"
+            f"config.optimizer.{field} = {shown(name)} is unknown; known: {', '.join(registry)}"
         )
     return registry[name]

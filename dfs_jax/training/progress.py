@@ -130,7 +130,7 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
         log.info("evaluated are averaged weights (decay %s)", run.config.train.ema)
     log.info("%s", cost_table(run.network, spec.batch(1)))
     log.info(
-        "steps %d to %d of %d images; the first one compiles",
+        "steps %d to %d of %d images",
         start + 1,
         run.total_steps,
         run.config.train.batch_size,

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 from dfs_jax import data, gradients, models
-from dfs_jax.config import ConfigError, refusals
+from dfs_jax.config import ConfigError, limits, refusals
+from dfs_jax.config.errors import shown
 from dfs_jax.data import pipeline
 from dfs_jax.distributed import placement
 from dfs_jax.gradients import GradientMethod
@@ -56,6 +57,7 @@ def prepare(
     With a `workdir`, refuses one that another experiment used. A `source` takes the place of
     the configured data. Raises ConfigError.
     """
+    limits.check(config)
     network = create_network(config, num_classes=1)
     objective = create_objective(config, network.num_exits)
     method = create_method(config, network, objective)
@@ -63,7 +65,7 @@ def prepare(
     optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     mesh = placement.create_mesh(config)
     pipeline.check_batch(config, mesh.size)
-    _check_accumulation(config, mesh.size)
+    _check_accumulation(config, mesh.size, method)
     workdirs.check_source(config)
     if config.train.freeze and not config.train.init_from:
         log.warning(
@@ -75,9 +77,12 @@ def prepare(
     if source is None:
         source = data.create(config)
     network = network.clone(num_classes=source.spec.num_classes)
-    _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
+    params = _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
-    total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    total = _total_steps(config, steps_per_epoch)
+    if workdir is not None:
+        for sentence in _without_effect(config, total / steps_per_epoch, total, params):
+            log.warning("%s", sentence)
     if total % method.cycle:
         log.warning(
             "the run's %d steps end within a cycle of %d steps of gradients %s: its last "
@@ -92,12 +97,40 @@ def prepare(
     return Run(config, *pieces, steps_per_epoch, total)
 
 
+def _total_steps(config: ml_collections.ConfigDict, steps_per_epoch: float) -> int:
+    total = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    if total > limits.LARGEST_INTEGER:
+        raise ConfigError(
+            f"train.epochs = {config.train.epochs:g} are {total:.3g} steps; there can be "
+            f"{limits.LARGEST_INTEGER:,}"
+        )
+    return total
+
+
+def _without_effect(
+    config: ml_collections.ConfigDict, epochs: float, steps: int, params: Any
+) -> list[str]:
+    """Sentences on what was chosen for a run of this length and will not happen."""
+    found = optim.without_effect(config.optimizer, epochs)
+    weights, patterns = config.objective.exit_weights, config.train.freeze
+    if weights and not any(weights):
+        found.append("objective.exit_weights are all 0: no exit is trained")
+    if patterns and all(jax.tree.leaves(freeze.chosen(patterns, params))):
+        found.append(f"train.freeze = {shown(patterns)} keeps every parameter: nothing is trained")
+    if config.train.profile_steps and config.train.profile_steps[0] > steps:
+        found.append(
+            f"train.profile_steps = {config.train.profile_steps} lie beyond the run of {steps} "
+            "steps: there will be no trace"
+        )
+    return found
+
+
 def create_network(config: ml_collections.ConfigDict, num_classes: int) -> MultiExit:
     """The configured network. Raises ConfigError for an unknown name or bad values."""
     if config.train.precision not in PRECISIONS:
         raise ConfigError(
             f"train.precision must be one of {', '.join(PRECISIONS)}, "
-            f"got {config.train.precision!r}"
+            f"got {shown(config.train.precision)}"
         )
     with refusals():
         network = models.create_model(
@@ -144,47 +177,48 @@ def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
             "set exactly one of train.epochs and train.steps to a positive number, "
             f"got {train.epochs} and {train.steps}; the other one is 0"
         )
-    for field in ("eval_every", "checkpoint_every", "log_every", "conflict_every"):
-        if train[field] < (field == "log_every"):
-            raise ConfigError(f"train.{field} is a number of steps, got {train[field]}")
-    if not 0 <= train.ema < 1:
-        raise ConfigError(f"train.ema must lie in [0, 1), got {train.ema}")
     steps = tuple(train.profile_steps)
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise ConfigError(
-            f"train.profile_steps must be (), or (first, last) with 1 <= first, got {steps}"
-        )
-    if not 0 <= train.peak_flops < math.inf:
-        raise ConfigError(f"train.peak_flops must be 0 or more, got {train.peak_flops}")
-    if not train.checkpoint_minutes >= 0:
-        raise ConfigError(
-            f"train.checkpoint_minutes must be 0 or more, got {train.checkpoint_minutes}"
+            f"train.profile_steps must be (), or (first, last) with 1 <= first, got {shown(steps)}"
         )
     names = [f"eval/exit{i}/top1" for i in range(1, num_exits + 1)]
     names += ["eval/mean/top1", "eval/ensemble/top1"]
     if train.best_metric not in names:
         raise ConfigError(
-            f"train.best_metric must be one of {', '.join(names)}, got {train.best_metric!r}"
+            f"train.best_metric must be one of {', '.join(names)}, got {shown(train.best_metric)}"
         )
 
 
-def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None:
+def _check_accumulation(
+    config: ml_collections.ConfigDict, devices: int, method: GradientMethod
+) -> None:
     count, batch_size = config.train.accumulation, config.train.batch_size
     if count < 1 or batch_size % (count * devices):
         raise ConfigError(
             f"train.accumulation = {count} does not cut train.batch_size {batch_size} into equal "
             f"microbatches for {devices} devices"
         )
+    if batch_size // count < method.smallest_batch:
+        raise ConfigError(
+            f"gradients {config.gradients.name} needs {method.smallest_batch} examples at a time, "
+            f"got train.batch_size {batch_size} with train.accumulation {count}"
+        )
 
 
 def _check_inputs(
     network: MultiExit, objective: Objective, batch: Any, frozen: Sequence[str]
-) -> None:
-    """Check what depends on the shapes of a batch: input, features and parameter names."""
+) -> Any:
+    """Check what depends on the shapes of a batch: input, features and parameter names.
+
+    Returns the parameters as shapes.
+    """
     try:
         outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), batch)
     except ValueError as error:
-        raise ConfigError(f"{error}; see data.image_size") from error
+        hint = "; see data.image_size" if "image" in str(error) else ""
+        raise ConfigError(f"{error}{hint}") from error
     with refusals():
         objective.check_features([feature.shape for feature in outputs.features])
     freeze.check(frozen, variables["params"])
+    return variables["params"]

@@ -1,5 +1,8 @@
 """The workdir of a run: one experiment each, told apart by the saved configuration."""
 
+import os
+from pathlib import Path
+
 import jax
 import ml_collections
 from etils import epath
@@ -54,7 +57,8 @@ def saved_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Refuse, changing nothing, a workdir whose saved configuration is another experiment's."""
+    """Refuse, changing nothing, a workdir that cannot be written or is another experiment's."""
+    _check_writable(workdir)
     before = load(workdir)
     if before is None:
         return
@@ -67,6 +71,18 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
             f"--workdir: {workdir} holds another experiment; {'; '.join(lines)}. "
             "Choose another workdir, or the saved values"
         )
+
+
+def _check_writable(workdir: str) -> None:
+    """Raise ConfigError unless the directory `workdir`, or one above it to make it in, is there."""
+    if "://" in workdir:  # only writing tells
+        return
+    path = Path(workdir).absolute()
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ConfigError(f"--workdir: cannot write to {workdir}: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir: cannot write to {workdir}: no permission for {nearest}")
 
 
 def check_source(config: ml_collections.ConfigDict) -> None:

@@ -25,6 +25,9 @@ from dfs_jax.data.input import order
 from dfs_jax.data.input.devices import one_ahead, place, replicated
 from dfs_jax.data.pipeline import Batch, Data, Spec
 from dfs_jax.models.inputs import images as image_inputs
+from dfs_jax.ops import memory
+
+_CHUNK_PIXELS = 2**26  # of images that are resized at once, as float32
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8, labels (N,) integers
 
@@ -111,9 +114,18 @@ def hold_out(arrays: Arrays, size: int) -> tuple[Arrays, Arrays | None]:
 
 
 def resize(images: np.ndarray, side: int) -> np.ndarray:
-    """`images` (N, H, W, C) uint8 as (N, side, side, C) uint8: bilinear, rounded; 0: unchanged."""
+    """`images` (N, H, W, C) uint8 as (N, side, side, C) uint8: bilinear, rounded; 0: unchanged.
+
+    Raises ConfigError where memory would not hold them.
+    """
     if side == 0 or images.shape[1:3] == (side, side):
         return images
+    needed, free = len(images) * side * side * images.shape[-1], memory.of_machine()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"data.image_size {side}: {len(images):,} images take {memory.in_words(needed)} of "
+            f"memory, there are {memory.in_words(free)}"
+        )
 
     @jax.jit
     def scaled(chunk):
@@ -124,7 +136,8 @@ def resize(images: np.ndarray, side: int) -> np.ndarray:
         )
         return jnp.clip(jnp.round(result), 0, 255).astype(jnp.uint8)
 
-    chunks = (images[i : i + 1024] for i in range(0, len(images), 1024))
+    together = max(1, min(1024, _CHUNK_PIXELS // side**2))
+    chunks = (images[i : i + together] for i in range(0, len(images), together))
     return np.concatenate([np.asarray(scaled(jax.device_put(chunk))) for chunk in chunks])
 
 
