@@ -6,7 +6,8 @@ Where the JSON is kept is the business of `training/workdir.py`.
 import ast
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,9 @@ from ml_collections import config_dict
 
 from dfs_jax.config.errors import ConfigError, listed, unknown
 from dfs_jax.config.fields import default, set_gradients, set_network
+
+# Fields that name files. A shell leaves the ~ of --config.data.dir=~/x alone.
+_PLACES = (("data", "dir"), ("train", "init_from"))
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -34,6 +38,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     for path, text in pairs:
         if path not in ("model.name", "gradients.name"):
             _override(c, path, text)
+    _choose_length(c, {path for path, _ in pairs})
+    for section, field in _PLACES:
+        if (c[section][field] or "").startswith("~"):
+            c[section][field] = os.path.expanduser(c[section][field])
     return c.lock()
 
 
@@ -148,6 +156,13 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
     except (TypeError, ValueError):
         kind = node.get_type(leaf).__name__
         raise ConfigError(f"config.{path}: {text!r} is not a value of type {kind}") from None
+
+
+def _choose_length(c: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """One of train.epochs and train.steps that is `given` sets the other to 0."""
+    for field, other in (("epochs", "steps"), ("steps", "epochs")):
+        if f"train.{field}" in given and f"train.{other}" not in given and c.train[field] != 0:
+            c.train[other] = type(c.train[other])(0)
 
 
 def _parse(text: str, kind: type) -> Any:
