@@ -121,7 +121,7 @@ def _watch(reader: int) -> None:
                 taker.told()
                 _tell(_ANSWER)
             elif number == signal.SIGINT:
-                _end(number, "the same command goes on from the newest checkpoint")
+                _end(number, "steps since the newest checkpoint are lost; the same command goes on")
 
 
 def _end(number: int, comfort: str) -> None:
@@ -131,5 +131,6 @@ def _end(number: int, comfort: str) -> None:
 
 def _tell(line: str) -> None:
     # Not by sys.stderr, in the middle of whose writing the main thread may be.
+    start = "\n" if os.isatty(2) else ""  # a terminal shows ^C at the end of its last line
     with contextlib.suppress(OSError):  # the terminal is gone
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{start}{line}\n".encode())
