@@ -44,7 +44,7 @@ command_of() { # process number; the words are left in the array `words`
 prefixed() { # label; standard input line by line, a last one without its end included
   local line
   while IFS= read -r line || [[ -n $line ]]; do
-    printf '[%s] %s\n' "$1" "$line" || true # nobody may be there to read it
+    printf '[%s] %s\n' "$1" "$line" || true
   done
 }
 
@@ -66,6 +66,7 @@ end_all() {
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 trap 'rm -rf "$pipes"' EXIT
+trap '' PIPE # whoever reads the output may end before the processes have saved
 trap 'end_all TERM' TERM HUP
 trap 'end_all "${ctrl_c:-TERM}"; ctrl_c=KILL' INT
 
