@@ -40,8 +40,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
     Returns the final metrics, `test/…` among them, and prints them as a table. Raises
     ConfigError for a configuration or workdir that cannot be used, before anything is compiled
-    or changed; TrainingError when a loss is not finite or data cannot be read; Preempted when
-    the process is told to end. What was done until then is saved.
+    or changed; TrainingError when a loss is not finite or, its state saved, data cannot be read;
+    Preempted when the process is told to end, its state saved.
     """
     run = prepare(config, workdir)
     _refuse_longer_run(run, workdir)
