@@ -4,9 +4,9 @@
 #     launch/local.sh N ARGS…
 #     launch/local.sh 2 --config configs/digits.py --workdir runs/two
 #
-# Every line of output starts with the number of its process. SIGTERM and Ctrl-C reach all
-# processes: they save together and end. When one dies, the others end too. The exit status is
-# that of the first process that failed, else 0.
+# Every line of output starts with the number of its process. SIGTERM, Ctrl-C and the end of the
+# terminal reach all processes: they save together and end; a second Ctrl-C ends them at once. When
+# one dies, the others end too. The exit status is that of the first process that failed, else 0.
 #
 # PYTHON=…            the interpreter (python)
 # PORT=…              where the processes meet (a free port)
@@ -44,7 +44,7 @@ command_of() { # process number; the words are left in the array `words`
 prefixed() { # label; standard input line by line, a last one without its end included
   local line
   while IFS= read -r line || [[ -n $line ]]; do
-    printf '[%s] %s\n' "$1" "$line"
+    printf '[%s] %s\n' "$1" "$line" || true
   done
 }
 
@@ -66,7 +66,9 @@ end_all() {
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 trap 'rm -rf "$pipes"' EXIT
-trap 'end_all TERM' TERM INT HUP
+trap '' PIPE # whoever reads the output may end before the processes have saved
+trap 'end_all TERM' TERM HUP
+trap 'end_all "${ctrl_c:-TERM}"; ctrl_c=KILL' INT
 
 for ((i = 0; i < count; i++)); do
   mkfifo "$pipes/$i.out" "$pipes/$i.err"
@@ -92,7 +94,7 @@ while ((${#left[@]})); do
       code=0
       wait "$pid" || code=$?
       if ((code && !status)); then
-        echo "launch/local.sh: a process ended with status $code; all of them end" >&3
+        echo "launch/local.sh: a process ended with status $code; all of them end" >&3 || true
         status=$code
         deadline=$((SECONDS + GRACE_SECONDS))
       fi
@@ -100,11 +102,11 @@ while ((${#left[@]})); do
   done
   left=(${running[@]+"${running[@]}"})
   if [[ -n $deadline ]] && ((${#left[@]} && SECONDS >= deadline)); then
-    echo "launch/local.sh: ${#left[@]} did not end within $GRACE_SECONDS s and are killed" >&3
+    echo "launch/local.sh: ${#left[@]} did not end within $GRACE_SECONDS s and are killed" >&3 || true
     end_all KILL
     deadline=
   fi
-  sleep 0.2
+  sleep 0.2 || true # a Ctrl-C ends it too
 done
 wait "${printers[@]}"
 exit "$status"

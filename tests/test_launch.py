@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import processes
@@ -130,6 +131,56 @@ class TestLocal:
         out, _ = running.communicate(timeout=60)
         assert sorted(out.splitlines()) == ["[0] told", "[1] told"]
         assert running.returncode == 1
+
+
+class TestLocalInATerminal:
+    """Ctrl-C reaches the script, what it waits for, and not the processes, which ignore it."""
+
+    @pytest.fixture
+    def running(self, tmp_path):
+        stand_in = tmp_path / "python"
+        stand_in.write_text(
+            "#!/bin/bash\n[[ $1 == -c ]] && exec echo 1\n"
+            "trap 'echo saving; sleep 1; echo saved; exit 1' TERM\n"
+            "echo ready; while true; do sleep 0.1; done\n"
+        )
+        stand_in.chmod(0o755)
+        process = subprocess.Popen(
+            ["launch/local.sh", "2", *ARGUMENTS],
+            cwd=ROOT,
+            env=os.environ | {"PYTHON": str(stand_in)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert {process.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
+        return process
+
+    def test_it_waits_until_all_have_saved(self, running):
+        os.killpg(running.pid, signal.SIGINT)
+        out, _ = running.communicate(timeout=60)
+        assert sorted(out.splitlines()) == [
+            "[0] saved", "[0] saving", "[1] saved", "[1] saving"
+        ]  # fmt: skip
+        assert running.returncode == 1
+
+    def test_a_second_one_ends_all_at_once(self, running):
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.stdout.readline().endswith("saving\n")
+        os.killpg(running.pid, signal.SIGINT)
+        out, error = running.communicate(timeout=60)
+        assert "saved" not in out
+        assert running.returncode == 128 + signal.SIGKILL
+        assert "all of them end" in error
+
+    def test_a_terminal_that_is_gone_ends_nothing_too_early(self, running):
+        running.stdout.close()
+        running.stderr.close()
+        began = time.monotonic()
+        os.kill(running.pid, signal.SIGHUP)
+        assert running.wait(timeout=60) == 1
+        assert time.monotonic() - began > 0.9
 
 
 def test_gpu_is_one_process_for_a_machine():

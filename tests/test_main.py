@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
 from dfs_jax import data, main
-from dfs_jax.training import loop, metrics
+from dfs_jax.training import lock, loop, metrics
+from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import restore
 
@@ -164,6 +166,32 @@ def test_a_workdir_with_a_broken_configuration_is_refused(text, tmp_path, capsys
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train/loss": 1.0}\n')
     message = refusal(tiny_run.arguments(tmp_path), capsys, tmp_path)
     assert f"{tmp_path / 'config.json'} is not a saved configuration" in message
+
+
+@pytest.mark.parametrize("changes", [(), ("seed=1",), ("model.options.widths=((8,),(8,))",)])
+def test_checkpoints_without_a_configuration_are_refused(changes, used, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(used, workdir)
+    (workdir / "config.json").unlink()
+    message = refusal(tiny_run.arguments(workdir, *changes), capsys, tmp_path)
+    assert f"{workdir} has a checkpoint of step 4 and no config.json" in message
+
+
+def test_a_second_run_is_refused_and_reading_goes_on(used, capsys):
+    arguments = tiny_run.arguments(used, "train.steps=4", "optimizer.schedule=constant")
+    with lock.held(str(used)):
+        message = refusal(arguments, capsys, used)
+        assert restore(prepare(workdirs.saved_config(str(used))), str(used))[0] == 4
+    assert f"{used} is in use; process {os.getpid()} on " in message
+
+
+def test_a_folder_with_the_name_of_a_later_step_is_no_end(used, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(used, workdir)
+    (workdir / "checkpoints" / "90").mkdir()
+    arguments = tiny_run.arguments(workdir, "train.steps=4", "optimizer.schedule=constant")
+    assert main.main(arguments) == 0
+    assert "test accuracy" in capsys.readouterr().out
 
 
 def test_a_run_prints_its_table_and_may_be_made_longer(used, tmp_path, capsys):

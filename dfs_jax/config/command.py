@@ -1,11 +1,12 @@
 """What the commands share: flags, logging, and errors told in one sentence.
 
 Exit status 0 is success, 2 a request that cannot be carried out (nothing was changed), 1 a
-run that had to end, or that answered a part only. Anything else that is raised is a defect here,
-and shows its traceback.
+run that had to end, or that answered a part only; 128 + N a command that signal N ended at once
+(`signals.py`). Anything else that is raised is a defect here, and shows its traceback.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -14,10 +15,18 @@ from typing import Any
 
 import ml_collections
 
+from dfs_jax.config import signals
 from dfs_jax.config.errors import ConfigError
 from dfs_jax.config.loader import load
+from dfs_jax.writing.console import say
 
 _OVERRIDE = "--config."
+
+# `python -m dfs_jax.COMMAND` imports for seconds after this; Ctrl-C shows no traceback then either.
+_program = getattr(sys.modules["__main__"], "__spec__", None)
+_whole_life = contextlib.ExitStack()
+if _program is not None and _program.name.startswith("dfs_jax."):
+    _whole_life.enter_context(signals.ending_at_once())
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -67,6 +76,15 @@ def run(
     for noisy, level in quiet.items():
         logging.getLogger(noisy).setLevel(level)
     sys.unraisablehook = _unraisable
+    with signals.ending_at_once():
+        return _status(arguments, overrides, body)
+
+
+def _status(
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    body: Callable[[argparse.Namespace, ml_collections.ConfigDict | None], int | None],
+) -> int:
     try:
         config = None
         if getattr(arguments, "config", None) is not None:
@@ -76,10 +94,10 @@ def run(
             raise ConfigError(f"--config.{overrides[0]} needs --config FILE")
         return body(arguments, config) or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except OSError as error:  # a disk, not a defect
-        print(f"error: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        say(f"error: {error.filename or 'files'}: {error.strerror or error}", error=True)
         return 1
     except Exception as error:
         from dfs_jax.ops import memory  # it imports JAX, which flags alone do not need
@@ -90,7 +108,7 @@ def run(
             told = str(error)
         else:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        say(f"error: {told}", error=True)
         return 1
 
 
@@ -120,9 +138,17 @@ def _parse(
     while argv:
         argument = argv.pop(0)
         if not argument.startswith(_OVERRIDE):
-            rest.append(argument)
+            rest.append(_with_home(argument))
         elif "=" not in argument and argv:  # --config.a.b VALUE
             overrides.append(f"{argument[len(_OVERRIDE) :]}={argv.pop(0)}")
         else:
             overrides.append(argument[len(_OVERRIDE) :])
     return parser.parse_args(rest), overrides
+
+
+def _with_home(argument: str) -> str:
+    """`--flag=~/x` as `--flag ~/x` would be: shells leave the ~ within a word alone."""
+    flag, equals, value = argument.partition("=")
+    if not (flag.startswith("--") and value.startswith("~")):
+        return argument
+    return flag + equals + os.path.expanduser(value)

@@ -7,9 +7,10 @@ import ast
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,9 @@ from dfs_jax.config.fields import default, set_gradients, set_network
 from dfs_jax.config.limits import check
 
 _LONGEST = 400  # characters of a message that is not ours
+
+# Fields that name files. A shell leaves the ~ of --config.data.dir=~/x alone.
+_PLACES = (("data", "dir"), ("train", "init_from"))
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -40,7 +44,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     for path, text in pairs:
         if path not in ("model.name", "gradients.name"):
             _override(c, path, text)
+    _choose_length(c, {path for path, _ in pairs})
     check(c)
+    for section, field in _PLACES:
+        if (c[section][field] or "").startswith("~"):
+            c[section][field] = os.path.expanduser(c[section][field])
     return c.lock()
 
 
@@ -191,6 +199,13 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
         raise ConfigError(
             f"config.{path}: {shown(text)} is not a value of type {kind.__name__}{hint}"
         ) from None
+
+
+def _choose_length(c: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """One of train.epochs and train.steps that is `given` sets the other to 0."""
+    for field, other in (("epochs", "steps"), ("steps", "epochs")):
+        if f"train.{field}" in given and f"train.{other}" not in given and c.train[field] != 0:
+            c.train[other] = type(c.train[other])(0)
 
 
 def _parse(text: str, kind: type) -> Any:

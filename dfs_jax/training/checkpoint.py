@@ -49,14 +49,24 @@ class Restored(NamedTuple):
 
 
 def newest_step(directory: epath.PathLike) -> int | None:
-    """The newest step by the names in `directory`, or None.
+    """The newest step by the names in `directory` and what is under them, or None.
 
     Unlike a `Checkpointer` it asks nothing of other processes, and sees damaged steps too.
     """
     directory = epath.Path(directory)
     if not directory.exists():
         return None
-    return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=None)
+    steps = [int(p.name) for p in directory.iterdir() if _is_step(p.name)]
+    return next((s for s in sorted(steps, reverse=True) if _has_items(directory / str(s))), None)
+
+
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
+
+
+def _has_items(place: epath.Path) -> bool:
+    """Whether `place` was a checkpoint, whatever has become of its files."""
+    return any((place / item).exists() for item in ("state", "meta"))
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -160,9 +170,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
         """The newest undamaged checkpoint, or exactly `step`.
 
-        A damaged checkpoint (it raises, lacks an item, or differs from its digest) is skipped
-        with a warning. Once an older one has been restored, the damaged newer ones are moved to
-        the folder `<directory>.damaged`, so that their steps can be saved again.
+        A damaged checkpoint (it raises, lacks an item, is of another step, or differs from its
+        digest) is skipped with a warning. Once an older one has been restored, the damaged newer
+        ones are moved to the folder `<directory>.damaged`, so that their steps can be saved again.
+        So is what has a step's name and nothing of a checkpoint in it.
 
         Args:
           like: pytree with the structure, shapes and dtypes of the state. Leaves are arrays or
@@ -193,31 +204,30 @@ class Checkpointer(contextlib.AbstractContextManager):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.directory} is damaged: {error}"
                 ) from error
-        damaged: dict[int, str] = {}
+        damaged, restored = {}, None
         for candidate in reversed(steps):
             try:
                 restored = self._restore(like, candidate)
+                break
             except _Damaged as error:
                 damaged[candidate] = str(error)
-                continue
-            for bad, reason in damaged.items():
-                _log.warning(
-                    "The checkpoint of step %d in %s is damaged (%s); step %d is used instead.",
-                    bad,
-                    self.directory,
-                    reason,
-                    candidate,
-                )
-            if not self._read_only:
-                self._move_aside(sorted(damaged))
-            return restored
-        if damaged:
+        if restored is None and any(_has_items(self.directory / str(step)) for step in damaged):
             reasons = "; ".join(f"step {s}: {reason}" for s, reason in damaged.items())
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged ({reasons}); remove the folder "
                 "to start from scratch"
             )
-        return None
+        for bad, reason in damaged.items():
+            _log.warning(
+                "The checkpoint of step %d in %s is damaged (%s); %s is used instead.",
+                bad,
+                self.directory,
+                reason,
+                f"step {restored.step}" if restored else "none",
+            )
+        if not self._read_only:
+            self._move_aside(sorted({*damaged, *self._strays()}))
+        return restored
 
     def latest_step(self) -> int | None:
         """The newest step, or None. Damaged steps count until `restore` has found them out."""
@@ -309,12 +319,15 @@ class Checkpointer(contextlib.AbstractContextManager):
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return dict(self._manager.restore(step, args=args).meta)
 
+        _check(_has_items(self.directory / str(step)), "it is empty")
         record = _attempt(read)
         _check(record.get("sha256") == _sha256(record), "its meta differs from its own checksum")
         return record
 
     def _restore(self, like: Any, step: int) -> Restored:
         record = self._read_meta(step)
+        own = record.get("step", step)
+        _check(own == step, f"it is a copy of step {own}")
         _require_same_layout(record["digest"], like, f"step {step} in {self.directory}")
 
         def read():
@@ -329,6 +342,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         meta = {name: value for name, value in record.items() if name not in _RESERVED}
         return Restored(step, state, meta)
 
+    def _strays(self) -> list[int]:
+        """Numbers that something which is no checkpoint has for its name."""
+        numbers = {int(p.name) for p in self.directory.iterdir() if _is_step(p.name)}
+        return sorted(numbers.difference(self.all_steps()))
+
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:
             return
@@ -339,7 +357,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             for step in steps:
                 source, target = self.directory / str(step), attic / str(step)
                 if target.exists():
-                    target.rmtree()
+                    target.rmtree() if target.is_dir() else target.unlink()
                 if source.exists():
                     source.rename(target)
                     _log.warning("The damaged checkpoint of step %d is now %s.", step, target)

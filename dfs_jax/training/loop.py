@@ -12,23 +12,25 @@ never needs a change here.
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
 from etils import epath
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data.pipeline import EvalSource
+from dfs_jax.data.pipeline import DataError, EvalSource
 from dfs_jax.distributed import placement, processes
 from dfs_jax.models.cost import exit_costs
-from dfs_jax.training import checkpoint, memory, metrics, progress
+from dfs_jax.training import checkpoint, lock, memory, metrics, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
+from dfs_jax.training.progress import TrainingError
 from dfs_jax.training.run import Run, prepare
 from dfs_jax.training.save_policy import Preempted, Saves
-from dfs_jax.training.state import TrainState, given_weights, restore_or_initialise
+from dfs_jax.training.state import TrainState, Weights, given_weights, restore_or_initialise
 from dfs_jax.training.step import make_conflict_probe, make_train_step
+from dfs_jax.writing.console import say
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +40,30 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
     Returns the final metrics, `test/…` among them, and prints them as a table. Raises
     ConfigError for a configuration or workdir that cannot be used and for a step that does not fit
-    into memory, before anything is changed; TrainingError when a loss is not finite.
+    into memory, before anything is changed; TrainingError when a loss is not finite or, its state
+    saved, data cannot be read; Preempted when the process is told to end, its state saved.
     """
     run = prepare(config, workdir)
-    train_step = _fitting_step(run, workdir)
+    _reached(run, workdir)
     weights = given_weights(run, workdir)
-    directory = workdirs.create(config, workdir)
-    print(placement.describe(run.mesh), flush=True)
+    train_step = make_train_step(run)
+    with lock.held(workdir):
+        workdirs.check(config, workdir)  # again, now that no other run can change it
+        if _reached(run, workdir) < run.total_steps:
+            memory.check_step(run, train_step)
+        final = _train(run, workdirs.create(config, workdir), weights, train_step)
+    if jax.process_index() == 0:
+        say(progress.final_table(run, final))
+    return final
 
+
+def _train(
+    run: Run, directory: epath.Path, weights: Weights | None, train_step: Callable
+) -> dict[str, float]:
+    """The rest of the run in its workdir; the final metrics."""
+    say(placement.describe(run.mesh))
     held_out = run.data.validation
-    best_metric = config.train.best_metric if held_out else None
+    best_metric = run.config.train.best_metric if held_out else None
     if held_out is None:
         log.warning("no validation split: eval/… is the test split, and no best checkpoint is kept")
         held_out = run.data.test
@@ -58,13 +74,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         with metrics.MetricWriter(directory, start_step=start) as writer:
             if start < run.total_steps:
                 progress.describe(run, state.params, start, directory)
-                saves = Saves(config, saver, _every(run, "checkpoint"), start)
-                with contextlib.closing(saves):
-                    state = _loop(run, state, start, directory, saves, writer, held_out, train_step)
-            final = _test(run, state, writer)
-    if jax.process_index() == 0:
-        print(progress.final_table(run, final), flush=True)
-    return final
+                saves = Saves(run.config, saver, _every(run, "checkpoint"), start)
+                reporter = progress.Reporter(run, writer, start)
+                with contextlib.closing(saves), _outliving_bad_data(saves, reporter):
+                    given = saves, reporter, held_out, train_step
+                    state = _loop(run, state, start, directory, *given)
+            return _test(run, state, writer)
 
 
 def _loop(
@@ -73,15 +88,14 @@ def _loop(
     start: int,
     directory: epath.Path,
     saves: Saves,
-    writer: metrics.MetricWriter,
+    reporter: progress.Reporter,
     held_out: EvalSource,
-    train_step: Callable | None,
+    train_step: Callable,
 ) -> TrainState:
     """Steps `start`+1 … total, with evaluations and checkpoints on their way; the last state."""
     by_batch = placement.batch(run.mesh)
-    train_step, probe = train_step or make_train_step(run), make_conflict_probe(run)
+    probe = make_conflict_probe(run)
     count = batch_counter(run.network, placement.replicated(run.mesh))
-    reporter = progress.Reporter(run, writer, start)
     profile = progress.Profile(run, directory)
     eval_every, probe_every = _every(run, "eval"), run.config.train.conflict_every
 
@@ -98,13 +112,12 @@ def _loop(
     for step in range(start, run.total_steps):  # so many updates are done
         profile.after(step, reporter)
         if saves.preempted(step):
-            with reporter.paused():
-                saves.finish(step, state, {})
-            raise Preempted(f"told to end: step {step} is saved; the same command goes on from it")
+            reporter.settle()  # only a finite state is saved
+            raise Preempted(f"told to end: {saves.kept()}")
         evaluates = step > start and step % eval_every == 0
         scores = evaluate(step, state) if evaluates else {}
         if saves.due(step):
-            with reporter.paused():  # settles first: only a finite state is saved
+            with reporter.paused():  # settles first, as above
                 saves.save(step, state, scores)
         with jax.transfer_guard("disallow"):  # a hidden host transfer would stall every step
             asked = time.perf_counter()
@@ -113,13 +126,29 @@ def _loop(
             probes = probe_every and (step + 1) % probe_every == 0
             seen = probe(state, batch) if probes else {}
             state, measured = train_step(state, batch)
+        saves.reached(step + 1, state)
         reporter.step_done(step + 1, measured, waited, seen)
 
     profile.after(run.total_steps, reporter)
     scores = evaluate(run.total_steps, state)
     with reporter.paused():
         saves.finish(run.total_steps, state, scores)
+    if saves.preempted(run.total_steps):
+        raise Preempted(f"told to end: {saves.kept()}")
     return state
+
+
+@contextlib.contextmanager
+def _outliving_bad_data(saves: Saves, reporter: progress.Reporter) -> Iterator[None]:
+    """Saves the state of a run that a damaged file ends, and tells so; raises TrainingError."""
+    try:
+        yield
+    except DataError as error:
+        kept = "the same command goes on from the newest checkpoint"
+        if jax.process_count() == 1:  # of several, the others wait in the next step
+            reporter.settle()
+            kept = saves.kept()
+        raise TrainingError(f"{error}; {kept}") from error
 
 
 def _owes_scores(start: int, eval_every: int, directory: epath.Path) -> bool:
@@ -134,23 +163,15 @@ def _every(run: Run, what: str) -> int:
     return run.config.train[f"{what}_every"] or max(1, round(run.steps_per_epoch))
 
 
-def _fitting_step(run: Run, workdir: str) -> Callable | None:
-    """The training step, compiled, or None where `workdir` is at the end of `run` already.
-
-    Raises ConfigError, changing nothing, where it does not fit into memory and where `workdir`
-    is past the end.
-    """
+def _reached(run: Run, workdir: str) -> int:
+    """The step that `workdir` is at; raises ConfigError if that is past the end of `run`."""
     reached = checkpoint.newest_step(epath.Path(workdir) / "checkpoints") or 0
     if reached > run.total_steps:
         raise ConfigError(
             f"--workdir: {workdir} is at step {reached} already, beyond the {run.total_steps} "
             "steps of this configuration; ask for more, or choose another workdir"
         )
-    if reached == run.total_steps:
-        return None
-    train_step = make_train_step(run)
-    memory.check_step(run, train_step)
-    return train_step
+    return reached
 
 
 def _test(run: Run, state: TrainState, writer: metrics.MetricWriter) -> dict[str, float]:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from etils import epath
 from dfs_jax.writing.files import json_text, write_whole
 
 _log = logging.getLogger(__name__)
+
+_FRAME = struct.Struct("<Q4x")
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -34,7 +37,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: epath.PathLike, *, start_step: int = 0, tensorboard: bool = True):
-        """Reads the file; lines with a step beyond `start_step`, and torn ones, are removed.
+        """Removes lines and events with a step beyond `start_step`, and torn ones.
 
         Args:
           workdir: created if need be.
@@ -56,7 +59,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             write_whole(path, text)
         self._lines = _Appending(path, len(text))
         if tensorboard:
-            self._events = _Events.create(path.parent)
+            self._events = _Events.create(path.parent, start_step)
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -150,7 +153,7 @@ class _Events(_Patient):
     """Scalars (step, {name: value}) in TensorBoard files."""
 
     @classmethod
-    def create(cls, workdir: epath.Path) -> "_Events | None":
+    def create(cls, workdir: epath.Path, start_step: int) -> "_Events | None":
         """None, with a note, where clu or TensorFlow is missing."""
         try:
             import tensorflow as tf
@@ -161,6 +164,8 @@ class _Events(_Patient):
         # TensorFlow would otherwise take most of the GPU's memory. It refuses once it is in use.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
+        for path in workdir.glob("events.out.tfevents.*"):
+            _cut_events(path, lambda record: tf.compat.v1.Event.FromString(record).step, start_step)
         return cls(workdir, metric_writers.SummaryWriter)
 
     def __init__(self, workdir: epath.Path, writer: Callable[[str], Any]):
@@ -183,6 +188,29 @@ class _Events(_Patient):
         except Exception:
             self._open = None  # what was torn stays in the old file, which readers skip
             raise
+
+
+def _cut_events(path: epath.Path, step_of: Callable[[bytes], int], last: int) -> None:
+    """Cuts a file of events, which are in order, before the first with a step beyond `last`.
+
+    TensorBoard would show the steps twice that a run takes again.
+    """
+    content, end = path.read_bytes(), 0
+    while len(content) >= end + _FRAME.size:
+        # A record of TFRecord: its length, 4 bytes that check it, the record, and 4 for that.
+        first = end + _FRAME.size
+        after = first + _FRAME.unpack_from(content, end)[0] + 4
+        try:
+            if after > len(content) or step_of(content[first : after - 4]) > last:
+                break
+        except Exception:  # protobuf's: a damaged record, behind which readers see nothing
+            break
+        end = after
+    if end < len(content):
+        try:
+            os.truncate(path, end)
+        except OSError:  # gs://, where files change as a whole
+            path.write_bytes(content[:end])
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ after every step.
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from dfs_jax.config import signals
 from dfs_jax.distributed import processes
 from dfs_jax.training.checkpoint import Checkpointer, CheckpointError
 
@@ -30,7 +32,7 @@ class SavingError(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The process was told to end; the state was saved."""
+    """The process was told to end; what there was to save is saved."""
 
 
 class Saves:
@@ -53,9 +55,14 @@ class Saves:
         self._clock_steps = config.train.log_every
         self._last = time.monotonic()
         self._told_to_end = threading.Event()
-        # With several processes JAX listens for the signal itself, on all of them.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told_to_end.set())
+        self._taken = contextlib.ExitStack()  # the signals, once there is something to save
+        self._here: tuple[int, Any] = (start, None)
+
+    def reached(self, step: int, state: Any) -> None:
+        """The run is at `step`, whose `state` is saved if it must end here."""
+        if self._here[0] == self._start < step:
+            self._taken.enter_context(self._signals())
+        self._here = step, state
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` is to be saved by steps or by minutes."""
@@ -73,6 +80,13 @@ class Saves:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._told_to_end.is_set()
+
+    def _signals(self) -> contextlib.AbstractContextManager:
+        if jax.process_count() == 1:
+            return signals.taken(self._told_to_end.set)
+        # JAX listens for SIGTERM itself and has all processes agree on a step.
+        others = [number for number in signals.ENDING if number != signal.SIGTERM]
+        return signals.taken(lambda: os.kill(os.getpid(), signal.SIGTERM), others)
 
     def save(self, step: int, state: Any, scores: Mapping[str, float]) -> None:
         """Start saving `state`; a failure, of this save or of the one before, is reported."""
@@ -107,10 +121,17 @@ class Saves:
             "which the same command goes on"
         ) from failure
 
+    def kept(self) -> str:
+        """Saves the state that was `reached`, for a run that ends early; a sentence of that."""
+        step, state = self._here
+        if not step:
+            return "nothing was lost; the same command starts again"
+        self.finish(step, state, {})
+        return f"step {step} is saved; the same command goes on from it"
+
     def close(self) -> None:
-        """Give the signal back to whoever had it."""
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+        """Give the signals back to whoever had them."""
+        self._taken.close()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

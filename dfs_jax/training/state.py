@@ -131,7 +131,7 @@ def read_weights(workdir: str) -> Weights:
     """
     directory = epath.Path(workdir) / "checkpoints"
     with checkpoint.Checkpointer(directory, best_metric=None, read_only=True) as saver:
-        step = saver.latest_step()
+        step = checkpoint.newest_step(directory)
         saved = saver.restore(saver.metadata(step), step).state
     weights = saved.get("ema") or {name: saved.get(name) for name in ("params", "batch_stats")}
     return Weights(f"step {step} of {workdir}", weights)

@@ -16,6 +16,7 @@ from dfs_jax.writing.files import write_whole
 # What may change between two runs in one workdir; a change elsewhere is another experiment.
 _FREE = {
     "data.dir",
+    "data.on_error",
     "mesh",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
@@ -30,14 +31,22 @@ _FREE = {
 
 
 def load(workdir: str) -> ml_collections.ConfigDict | None:
-    """The configuration saved in `workdir`, or None if there is none; raises ConfigError."""
-    saved = epath.Path(workdir) / "config.json"
+    """The configuration saved in `workdir`, or None if there is none.
+
+    Raises ConfigError if it cannot be read, or is gone from beside checkpoints.
+    """
+    saved, checkpoints = epath.Path(workdir) / "config.json", epath.Path(workdir) / "checkpoints"
     try:
         text = saved.read_text() if saved.exists() else None
     except OSError as error:
         raise ConfigError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
     if text is None:
-        return None
+        if (step := newest_step(checkpoints)) is None:
+            return None
+        raise ConfigError(
+            f"--workdir: {workdir} has a checkpoint of step {step} and no config.json that tells "
+            "what it is of; put the file back, or choose another workdir"
+        )
     try:
         return configuration.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -230,3 +230,28 @@ def test_differences_name_fields_with_both_values():
     lines = config.differences(before, other)
     assert "model.name: 'msdnet_digits' there, 'vgg7_cifar100' now" in lines
     assert "model.options.growth: 16 there, None now" in lines
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "epochs", "steps"),
+    [
+        ("digits", ["train.steps=300"], 0.0, 300),
+        ("digits", ["train.epochs=3"], 3.0, 0),
+        ("double_digits", ["train.epochs=3"], 3.0, 0),
+        ("double_digits", ["train.steps=300"], 0.0, 300),
+        ("digits", ["train.steps=0"], 60.0, 0),  # "not by steps" is what the file says
+        ("digits", ["train.steps=300", "train.epochs=0"], 0.0, 300),
+        ("digits", ["train.steps=300", "train.epochs=3"], 3.0, 300),  # refused by `prepare`
+        ("digits", ["train.steps=-3"], 0.0, -3),  # this too
+    ],
+)
+def test_a_length_that_is_given_takes_the_place_of_the_files(file, overrides, epochs, steps):
+    c = config.load(str(CONFIGS / f"{file}.py"), overrides)
+    assert (c.train.epochs, c.train.steps) == (epochs, steps)
+    assert type(c.train.epochs) is float
+
+
+def test_places_may_begin_with_the_home_folder(monkeypatch, written):
+    monkeypatch.setenv("HOME", "/home/me")
+    c = config.load(written("c.data.dir = '~/a'"), ["train.init_from=~/b"])
+    assert (c.data.dir, c.train.init_from) == ("/home/me/a", "/home/me/b")

@@ -83,11 +83,15 @@ def _final_scores(workdir):
     return {name: value for (step, name), value in series.items() if step == 40}
 
 
-def test_sigterm_reaches_all_processes_which_save_together(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_reaches_all_processes_which_save_together(number, tmp_path):
     running = processes.start(2, 1, processes.arguments(tmp_path, "train.steps=4000"))
     try:
         processes.wait_for_step(tmp_path, 7)
-        running.send_signal(signal.SIGTERM)
+        if number == signal.SIGHUP:  # to one of them, past the script
+            os.kill(processes.pid_of(1, tmp_path), number)
+        else:
+            running.send_signal(number)
         text, _ = running.communicate(timeout=120)
     finally:
         running.kill()

@@ -170,16 +170,26 @@ def kill_in_evaluation(random: random.Random, start: int) -> Callable[[], None]:
     return happening
 
 
-def terminate(random: random.Random, start: int) -> Callable[[], None]:
+def terminate(
+    random: random.Random, start: int, number: int = signal.SIGTERM
+) -> Callable[[], None]:
     step, delay = start + random.randint(1, 7), random.uniform(0, 0.02)
 
     def happening():
         from dfs_jax.training.progress import Reporter
 
-        then = lambda: _signal_later(signal.SIGTERM, delay)  # noqa: E731
+        then = lambda: _signal_later(number, delay)  # noqa: E731
         _on_call(Reporter, "step_done", lambda _, step, *rest: step, step, then)
 
     return happening
+
+
+def press_ctrl_c(random: random.Random, start: int) -> Callable[[], None]:
+    return terminate(random, start, signal.SIGINT)
+
+
+def close_terminal(random: random.Random, start: int) -> Callable[[], None]:
+    return terminate(random, start, signal.SIGHUP)
 
 
 # Trials.
@@ -368,6 +378,8 @@ def lines(trials: Trials, disk: Path | None, count: int) -> dict[str, Callable[[
         "kill -9 during a save": lambda: trials.ended_by(kill_in_save, -9, count),
         "kill -9 during an evaluation": lambda: trials.ended_by(kill_in_evaluation, -9, count),
         "SIGTERM": lambda: trials.ended_by(terminate, 1, count),
+        "Ctrl-C": lambda: trials.ended_by(press_ctrl_c, 1, count),
+        "a closed terminal (SIGHUP)": lambda: trials.ended_by(close_terminal, 1, count),
         "newest checkpoint truncated": lambda: trials.damaged_by(damage.truncated, count),
         "newest checkpoint bit-flipped": lambda: trials.damaged_by(damage.bit_flipped, count),
         "newest checkpoint emptied": lambda: trials.damaged_by(damage.emptied, count),

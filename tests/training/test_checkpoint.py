@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dfs_jax.training.checkpoint import Checkpointer, CheckpointError
+from dfs_jax.training.checkpoint import Checkpointer, CheckpointError, newest_step
 
 # TensorStore leaves futures behind when it meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -318,3 +319,48 @@ def test_shapes_without_shardings_go_to_one_device(folder):
         restored = c.restore(jax.eval_shape(lambda: make_state(1))).state
     assert_identical(restored, make_state(1))
     assert restored.params["bias"].sharding == one_device()
+
+
+class TestStrangers:
+    """What has the name of a step and is no checkpoint of it."""
+
+    @pytest.mark.parametrize(
+        ("make", "told"),
+        [
+            (lambda place: place.mkdir(), "step 90 .* is damaged .it is empty.; step 8 is used"),
+            (lambda place: (place / "x").mkdir(parents=True), "it is empty"),
+            (lambda place: place.write_text("notes"), "step 90 is now"),
+            (lambda place: shutil.copytree(place.parent / "8", place), "it is a copy of step 8"),
+        ],
+        ids=["empty", "foreign", "file", "copy"],
+    )
+    def test_it_is_passed_over_and_makes_room(self, folder, make, told, caplog):
+        state = make_state(8)
+        with Checkpointer(folder, best_metric=None) as c:
+            c.save(8, state, {"step": 8}, {})
+        make(folder / "90")
+        with Checkpointer(folder, best_metric=None, read_only=True) as c:
+            assert c.restore(state).step == 8
+        assert (folder / "90").exists()
+        with Checkpointer(folder, best_metric=None) as c:
+            assert c.restore(state).step == 8
+            assert c.save(90, state, {"step": 90}, {})
+            assert c.restore(state).step == 90
+        assert re.search(told, caplog.text)
+        assert (folder.parent / "checkpoints.damaged" / "90").exists()
+
+    @pytest.mark.parametrize("name", ["90", "007", "٩", "90 (copy)", "notes"])
+    def test_it_is_no_newest_step(self, saved, name):
+        (saved / name).mkdir()
+        (saved / "91").write_text("")
+        assert newest_step(saved) == 8
+
+    def test_where_there_is_nothing_else_a_run_begins(self, folder, caplog):
+        (folder / "90").mkdir(parents=True)
+        with Checkpointer(folder, best_metric=None, read_only=True) as c:
+            assert c.restore(make_state(4)) is None
+        with Checkpointer(folder, best_metric=None) as c:
+            assert c.restore(make_state(4)) is None
+            assert c.save(4, make_state(4), {}, {})
+        assert "step 90 in" in caplog.text
+        assert "is damaged (it is empty); none is used instead" in caplog.text

@@ -16,6 +16,7 @@ from tiny_run import few_digits  # noqa: F401
 from dfs_jax import config as configuration
 from dfs_jax import data
 from dfs_jax.config import ConfigError
+from dfs_jax.data.pipeline import DataError
 from dfs_jax.distributed import placement
 from dfs_jax.training import loop, metrics, progress
 from dfs_jax.training.checkpoint import Checkpointer
@@ -381,3 +382,58 @@ class TestNonFinite:
 def test_meta_holds_the_step(trained):
     metas = list((trained.workdir / "checkpoints" / "12" / "meta").rglob("metadata"))
     assert json.loads(metas[0].read_text())["step"] == 12
+
+
+class TestDamagedData:
+    """A file that cannot be read costs the run nothing."""
+
+    @pytest.fixture
+    def damaged(self, monkeypatch):
+        """Has a split raise when the batch of an update, or of an evaluation, is asked for."""
+
+        def damage(split, number):
+            def load(config):
+                found = tiny_run.load(config)
+                source = getattr(found, split)
+                batches, calls = source.batches, iter(range(1, 99))
+
+                def broken(start, *rest):
+                    call = next(calls)
+                    for at, batch in enumerate(batches(start, *rest), 1):
+                        if number == (start + at if split == "train" else call):
+                            raise DataError("cat/7.jpg is damaged; mend it")
+                        yield batch
+
+                source.batches = broken
+                return found
+
+            monkeypatch.setitem(data._LOADERS, "digits", load)
+
+        return damage
+
+    @pytest.mark.parametrize(
+        ("split", "number", "kept"),
+        [("train", 8, 7), ("validation", 2, 8)],  # the second evaluation is that of step 8
+    )
+    def test_its_state_is_saved_first(
+        self, trained, damaged, split, number, kept, tmp_path, monkeypatch
+    ):
+        with monkeypatch.context():
+            damaged(split, number)
+            sentence = f"cat/7.jpg is damaged; mend it; step {kept} is saved; the same command"
+            with pytest.raises(TrainingError, match=sentence):
+                loop.train_and_evaluate(trained.config, str(tmp_path))
+        assert steps_of(tmp_path)[-1] == kept
+        monkeypatch.setitem(data._LOADERS, "digits", tiny_run.load)
+        # The advice to skip damaged records may be taken.
+        config = tiny_run.config("data.on_error=skip")
+        assert loop.train_and_evaluate(config, str(tmp_path)) == trained.final
+        assert_bit_identical(
+            final_state(trained.config, tmp_path), final_state(trained.config, trained.workdir)
+        )
+
+    def test_at_the_first_step_there_is_nothing_to_save(self, trained, damaged, tmp_path):
+        damaged("train", 1)
+        with pytest.raises(TrainingError, match="mend it; nothing was lost"):
+            loop.train_and_evaluate(trained.config, str(tmp_path))
+        assert steps_of(tmp_path) == []

@@ -101,6 +101,21 @@ def test_tensorboard_events_are_written(tmp_path):
     assert values["train/loss"] == (3, 0.25)
 
 
+def test_after_an_interruption_tensorboard_shows_every_step_once(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, last, factor in ((0, 7, 1.0), (4, 9, 10.0), (9, 9, 0.0), (7, 8, 100.0)):
+        with MetricWriter(tmp_path, start_step=start) as w:
+            for step in range(start + 1, last + 1):
+                w.write(step, {"train/loss": step * factor, "n": step})
+        newest = max(tmp_path.glob("events.out.tfevents.*"))
+        if start == 4:  # what a full disk leaves
+            newest.write_bytes(newest.read_bytes() + b"torn")
+    shown = reader.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    found = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in shown.Tensors("train/loss")]
+    assert found == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70), (8, 800)]
+
+
 def test_without_tensorflow_the_file_is_written_all_the_same(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with MetricWriter(tmp_path) as w:

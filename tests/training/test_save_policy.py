@@ -1,9 +1,11 @@
 """When a run saves, and what becomes of it when a save fails or it is told to end."""
 
+import contextlib
 import errno
 import logging
 import os
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from etils.epath import abstract_path
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
+from dfs_jax import main
 from dfs_jax.training import loop, metrics, progress, save_policy
 from dfs_jax.training.checkpoint import Checkpointer, CheckpointError
 from dfs_jax.training.run import prepare
@@ -260,3 +263,63 @@ class TestSigterm:
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert x.tobytes() == y.tobytes()
         assert scores_of(tmp_path / "broken") == scores_of(tmp_path / "whole")
+
+
+@contextlib.contextmanager
+def told(number, at):
+    """This process gets the signal while the report of step `at` is made."""
+    original = progress.Reporter.step_done
+
+    def step_done(self, step, *rest):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return original(self, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress.Reporter, "step_done", step_done)
+        yield
+
+
+class TestCtrlC:
+    """The command whose user ends it, in this process."""
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+    def test_it_saves_as_for_sigterm(self, number, tmp_path, capsys):
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)]
+        with told(number, 5):
+            assert main.main(tiny_run.arguments(tmp_path)) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "error: told to end: step 5 is saved; the same command goes on from it"
+        assert (tmp_path / "checkpoints" / "5" / "meta").is_dir()
+        after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)]
+        assert after == before
+
+    def test_after_the_last_step_it_saves_and_leaves_the_test_split(self, tmp_path, capsys):
+        # The output is gone as well, as it is when the terminal was closed.
+        reader, writer = os.pipe()
+        os.close(reader)
+        gone = open(writer, "w")  # noqa: SIM115
+        with pytest.MonkeyPatch.context() as patch, told(signal.SIGHUP, 12):
+            patch.setattr(sys, "stdout", gone)
+            patch.setattr(sys, "stderr", gone)
+            assert main.main(tiny_run.arguments(tmp_path)) == 1
+        assert (tmp_path / "checkpoints" / "12").is_dir()
+        assert not metrics.has(tmp_path, 12, "test/exit1/top1")
+        assert main.main(tiny_run.arguments(tmp_path)) == 0
+        assert metrics.has(tmp_path, 12, "test/exit1/top1")
+        gone.close()
+
+    def test_before_the_first_step_it_claims_to_have_saved_nothing(self, tmp_path, monkeypatch):
+        # Several processes agree on such a step when they are told while they compile.
+        monkeypatch.setattr(Saves, "preempted", lambda self, step: True)
+        with pytest.raises(Preempted, match=r"^told to end: nothing was lost; the same command"):
+            loop.train_and_evaluate(tiny_run.config(), str(tmp_path))
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+    def test_ignored_signals_end_nothing(self, tmp_path, capsys):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with told(signal.SIGHUP, 5):
+                assert main.main(tiny_run.arguments(tmp_path)) == 0
+        finally:
+            signal.signal(signal.SIGHUP, before)
