@@ -28,7 +28,7 @@ from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.progress import TrainingError
 from dfs_jax.training.run import Run, prepare
 from dfs_jax.training.save_policy import Preempted, Saves
-from dfs_jax.training.state import TrainState, Weights, given_weights, restore_or_initialise
+from dfs_jax.training.state import TrainState, given_weights, restore_or_initialise
 from dfs_jax.training.step import make_conflict_probe, make_train_step
 from dfs_jax.writing.console import say
 
@@ -45,23 +45,22 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     """
     run = prepare(config, workdir)
     _reached(run, workdir)
-    weights = given_weights(run, workdir)
-    train_step = make_train_step(run)
     with lock.held(workdir):
         workdirs.check(config, workdir)  # again, now that no other run can change it
-        if _reached(run, workdir) < run.total_steps:
-            memory.check_step(run, train_step)
-        final = _train(run, workdirs.create(config, workdir), weights, train_step)
+        final = _train(run, workdir)
     if jax.process_index() == 0:
         say(progress.final_table(run, final))
     return final
 
 
-def _train(
-    run: Run, directory: epath.Path, weights: Weights | None, train_step: Callable
-) -> dict[str, float]:
+def _train(run: Run, workdir: str) -> dict[str, float]:
     """The rest of the run in its workdir; the final metrics."""
+    weights, train_step = given_weights(run, workdir), make_train_step(run)
+    if _reached(run, workdir) < run.total_steps:
+        memory.check_step(run, train_step)
+    directory = workdirs.create(run.config, workdir)
     say(placement.describe(run.mesh))
+
     held_out = run.data.validation
     best_metric = run.config.train.best_metric if held_out else None
     if held_out is None:
