@@ -41,7 +41,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     """
     run = prepare(config, workdir)
     _refuse_longer_run(run, workdir)
-    directory = workdirs.create(config, workdir)
+    directory = workdirs.create(config, workdir, run.data.record)
     print(placement.describe(run.mesh), flush=True)
 
     held_out = run.data.validation

@@ -22,7 +22,7 @@ from dfs_jax.gradients import GradientMethod
 from dfs_jax.models import MultiExit
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
-from dfs_jax.training import freeze, optim
+from dfs_jax.training import data_record, freeze, optim
 from dfs_jax.training import workdir as workdirs
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def prepare(
 ) -> Run:
     """Check the whole configuration, then prepare its data; nothing is compiled.
 
-    With a `workdir`, refuses one that another experiment used. A `source` takes the place of
-    the configured data. Raises ConfigError.
+    With a `workdir`, refuses one that another experiment used, and data that are not those of its
+    run. A `source` takes the place of the configured data. Raises ConfigError.
     """
     network = create_network(config, num_classes=1)
     objective = create_objective(config, network.num_exits)
@@ -73,7 +73,8 @@ def prepare(
         workdirs.check(config, workdir)
 
     if source is None:
-        source = data.create(config)
+        source = data_record.create(config, workdir)
+    _check_classes(source.spec)
     network = network.clone(num_classes=source.spec.num_classes)
     _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
@@ -174,6 +175,14 @@ def _check_accumulation(config: ml_collections.ConfigDict, devices: int) -> None
         raise ConfigError(
             f"train.accumulation = {count} does not cut train.batch_size {batch_size} into equal "
             f"microbatches for {devices} devices"
+        )
+
+
+def _check_classes(spec: data.pipeline.Spec) -> None:
+    if spec.num_classes < 2:
+        raise ConfigError(
+            f"data {spec.name!r} have one class, {', '.join(map(repr, spec.class_names))}, and "
+            "nothing to tell apart; give two or more"
         )
 
 
