@@ -85,8 +85,8 @@ def from_records(
     `own_validation`; it is read like the test split. `statistics` is the entry of
     `normalization.STATISTICS` for normalization="own"; where it is None, or is for other channels,
     they are those of `known`, which an earlier start has noted, or measured here. `record` is what
-    a run notes of the records, None: their number.
-    Raises ConfigError, and DataError as reading does.
+    a run notes of the records, None: their number. Raises ConfigError, and DataError as reading
+    does.
     """
     held = config.data.validation_size
     if held == -1 and own_validation is None:
@@ -111,14 +111,9 @@ def from_records(
         )
         return _Rows(records, decoder, d.on_error)
 
-    if record is None:
-        record = whole(
-            {"train": size, "validation": train.size - size, "test": test.size}, class_names
-        )
     own = statistics or name
     if config.data.normalization == "own" and not normalization.knows(statistics, shape[-1]):
         own = (known and known.statistics) or _measured(rows(train), size, config)
-        record = dataclasses.replace(record, statistics=own)
     scale = normalization.statistics(config, own, shape[-1])
 
     def evaluated(records: Records, first: int, last: int) -> "StreamedEval":
@@ -128,6 +123,8 @@ def from_records(
         validation = evaluated(own_validation, 0, own_validation.size)
     else:
         validation = evaluated(train, size, train.size) if held else None
+    sizes = {"train": size, "validation": validation.size if validation else 0, "test": test.size}
+    record = record or whole(sizes, class_names)
     return Data(
         train=StreamedTrain(
             rows(train),
@@ -143,12 +140,10 @@ def from_records(
             inputs=image_inputs(shape),
             num_classes=len(class_names),
             class_names=tuple(class_names),
-            train_size=size,
-            validation_size=validation.size if validation else 0,
-            test_size=test.size,
+            **{f"{split}_size": count for split, count in sizes.items()},
             statistics=scale,
         ),
-        record=record,
+        record=record if isinstance(own, str) else dataclasses.replace(record, statistics=own),
     )
 
 
@@ -307,7 +302,7 @@ class _Rows:
 def _measured(rows: _Rows, size: int, config: ml_collections.ConfigDict) -> Statistics:
     """Statistics of the first `size` records as evaluation sees them, in blocks all over them."""
     count = min(size, normalization.MEASURED)
-    blocks = min(count, _BLOCKS)
+    blocks = 1 if count == size else _BLOCKS
 
     def images() -> Iterator[np.ndarray]:
         for block in range(blocks):
