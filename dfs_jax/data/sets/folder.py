@@ -182,7 +182,8 @@ def _held_out(
         ordered = sorted(train.files, key=_hash)
     step = -1 if known.of_before else 1
     left, held = {file.name: file for file in ordered[::step]}, {}
-    for split, size in sizes.items():
+    for split in sorted(sizes, key=lambda split: split not in known.held_out):  # noted ones first
+        size = sizes[split]
         names = known.held_out.get(split, list(left)[:size][::step]) if size else []
         if gone := [name for name in names if name not in left]:
             raise DataError(
