@@ -7,9 +7,9 @@
 IMAGES holds train/CLASS/*.jpg, and val (also valid, validation) and test likewise; with neither of
 these, as many images of train as data.validation_size are held out for testing and as many for
 validation. Where both val and test are there, data.validation_size=-1 takes val for validation.
-Files end in .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or .tiff, in letters of any size, and may lie
-in folders of a class folder. Hidden files and __MACOSX are left alone; the log counts what is not
-used.
+Files end in .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or .tiff, in letters of any size, and may
+lie in folders of a class folder. Hidden files and __MACOSX are left alone; the log counts what is
+not used.
 
 Held-out images are chosen by a hash of CLASS/FILE, and a run keeps to those that it began with:
 images that come later are trained on. Other classes, or other images to measure on, are refused.

@@ -66,7 +66,10 @@ def _noted(workdir: str) -> Record | None:
         if saved.exists():
             return Record.from_json(json.loads(saved.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{saved} is no record of a run's data: {error!r}") from error
+        raise ConfigError(
+            f"{saved} is no record of a run's data ({error!r}); restore it, or remove it and "
+            "nothing is compared"
+        ) from error
     log.warning(
         "%s has no record of its data (%s): whether they have changed cannot be told", workdir, NAME
     )

@@ -52,7 +52,7 @@ def saved_config(workdir: str, data_dir: str | None = None) -> ml_collections.Co
     if config is None:
         raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
     configure_jax(config)
-    if data_dir is not None:
+    if data_dir:
         config.data.dir = absolute(data_dir)
     return config
 

@@ -216,7 +216,9 @@ def test_a_run_of_before_goes_on_with_a_warning_and_is_recorded_then(own, caplog
 
 def test_a_record_that_cannot_be_read_is_named(own):
     (own / "run" / "data.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"run/data\.json is no record of a run's data"):
+    with pytest.raises(
+        ConfigError, match=r"run/data\.json is no record of a run's data \(.*; restore it"
+    ):
         again(own)
 
 

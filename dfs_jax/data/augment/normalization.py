@@ -71,12 +71,14 @@ def measure(images: Iterable[np.ndarray]) -> Statistics:
     """Mean and standard deviation of each channel over arrays (n, H, W, C) uint8, in four decimals.
 
     Levels are counted, so that the result does not depend on any order. A channel that is the same
-    everywhere gets the deviation 1.
+    everywhere gets the deviation 1. Raises ConfigError where there are no images.
     """
     counts = sum(
         np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(part, -1, 0)])
         for part in images
     )
+    if not np.any(counts):
+        raise ConfigError("data.normalization 'own': none of the training images can be read")
     levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ levels
     std = np.sqrt(np.sum(shares * (levels - mean[:, None]) ** 2, axis=1))

@@ -153,7 +153,7 @@ def _divided(
     """
     train = found["train"]
     test = next((split for split in ("test", "val") if split in found), None)
-    if test is None and not 0 < 2 * size < len(train.files):
+    if test is None and "test" not in known.held_out and not 0 < 2 * size < len(train.files):
         raise ConfigError(
             f"{train.folder.parent} has neither test nor val, so data.validation_size images of "
             f"train are held out for testing and as many for validation; {size} does not fit, "
