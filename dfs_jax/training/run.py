@@ -53,8 +53,9 @@ def prepare(
 ) -> Run:
     """Check the whole configuration, then prepare its data; nothing is compiled.
 
-    With a `workdir`, refuses one that another experiment used, and data that are not those of its
-    run. A `source` takes the place of the configured data. Raises ConfigError.
+    With a `workdir`, refuses one that another experiment used, data that are not those of its run,
+    and data with nothing to tell apart. A `source` takes the place of the configured data. Raises
+    ConfigError.
     """
     network = create_network(config, num_classes=1)
     objective = create_objective(config, network.num_exits)
@@ -74,7 +75,8 @@ def prepare(
 
     if source is None:
         source = data_record.create(config, workdir)
-    _check_classes(source.spec)
+    if workdir is not None:
+        _check_classes(source.spec)
     network = network.clone(num_classes=source.spec.num_classes)
     _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size

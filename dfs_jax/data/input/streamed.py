@@ -89,16 +89,7 @@ def from_records(
     does.
     """
     held = config.data.validation_size
-    if held == -1 and own_validation is None:
-        raise ConfigError(
-            f"data.validation_size -1, but {name} has no validation split beside its test split; "
-            "give the number of training examples to hold out, or 0"
-        )
-    if held >= train.size:
-        raise ConfigError(
-            f"data.validation_size {held} leaves none of the {train.size} training examples; "
-            f"give 0 (no validation split) to {train.size - 1}"
-        )
+    _check_held(held, name, train, own_validation)
     side = config.data.image_size
     shape = (side, side, config.data.channels or 3)
     size = train.size - max(held, 0)
@@ -145,6 +136,19 @@ def from_records(
         ),
         record=record if isinstance(own, str) else dataclasses.replace(record, statistics=own),
     )
+
+
+def _check_held(held: int, name: str, train: Records, own_validation: Records | None) -> None:
+    if held == -1 and own_validation is None:
+        raise ConfigError(
+            f"data.validation_size -1, but {name} has no validation split beside its test split; "
+            "give the number of training examples to hold out, or 0"
+        )
+    if held >= train.size:
+        raise ConfigError(
+            f"data.validation_size {held} leaves none of the {train.size} training examples; "
+            f"give 0 (no validation split) to {train.size - 1}"
+        )
 
 
 class StreamedTrain:
