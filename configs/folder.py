@@ -1,13 +1,24 @@
-"""Own images: folders of JPEG or PNG files, or any image data set of TFDS by name.
+"""Own images: folders of files, or any image data set of TFDS by name.
 
     python -m dfs_jax.main --config configs/folder.py --workdir DIR --config.data.dir=IMAGES
     python -m dfs_jax.main --config configs/folder.py --workdir DIR \\
         --config.data.name=tfds:oxford_flowers102
 
-IMAGES holds train/CLASS/*.jpg, and val and test likewise; with neither of these, as many images of
-train as data.validation_size are held out for testing and as many for validation. Where both
-val and test are there, data.validation_size=-1 takes val for validation. Presets, as a comma list
-of at most one network and one method, in any order:
+IMAGES holds train/CLASS/*.jpg, and val (also valid, validation) and test likewise; with neither of
+these, as many images of train as data.validation_size are held out for testing and as many for
+validation. Where both val and test are there, data.validation_size=-1 takes val for validation.
+Files end in .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or .tiff, in letters of any size, and may
+lie in folders of a class folder. Hidden files and __MACOSX are left alone; the log counts what is
+not used.
+
+Held-out images are chosen by a hash of CLASS/FILE, and a run keeps to those that it began with:
+images that come later are trained on. Other classes, or other images to measure on, are refused.
+
+    --config.data.channels=1            grey images stay in one channel
+    --config.data.normalization=own     mean and deviation of up to 4,096 training images, measured
+                                        once and kept in the workdir
+
+Presets, as a comma list of at most one network and one method, in any order:
 
     resnet18 (default) ResNet18 for small images, four exits
     msdnet             MSDNet for large images, five exits; sets data.image_size to 224

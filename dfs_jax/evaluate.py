@@ -1,6 +1,6 @@
 """Every exit of a trained run on a whole split: accuracy, early exit, calibration, conflict.
 
-    python -m dfs_jax.evaluate --workdir DIR [--step latest|best|N] [--out DIR]
+    python -m dfs_jax.evaluate --workdir DIR [--step latest|best|N] [--out DIR] [--data_dir DIR]
         [--score max_softmax|margin|entropy|patience] [--published NAME]
         [--budget COST | --accuracy A | --risk E --confidence D] [--beside DIR …]
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the evaluation command with arguments `argv`."""
     parser = command.parser(__doc__)
     command.add_workdir(parser)
+    command.add_data_dir(parser)
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument("--step", default="latest", metavar="latest|best|N", help="checkpoint")
     parser.add_argument("--out", metavar="DIR", help="where results go; default: the workdir")

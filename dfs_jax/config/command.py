@@ -55,6 +55,13 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--data_dir DIR` to a command that takes a run's configuration from its workdir."""
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="where the run's data are now; default: where they were"
+    )
+
+
 def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,

@@ -56,6 +56,7 @@ def default() -> ml_collections.ConfigDict:
     c.data.validation_size = 240  # examples held out of training; 0: no validation split; -1: the
     # data set's own one, where there is one beside the test split
     c.data.image_size = 0  # resize images to this many pixels a side; 0: as they are
+    c.data.channels = 0  # 1: grey, 3: colours; 0: as they are, and colours where each file differs
     c.data.crop_padding = 0  # random crop after padding by this many pixels
     c.data.crop_fill = 0  # grey level of that padding, 0-255
     c.data.flip = False  # random horizontal flip
@@ -66,7 +67,8 @@ def default() -> ml_collections.ConfigDict:
     c.data.mixup = 0.0  # blend images: a of Beta(a, a), from which shares are drawn; 0: off
     c.data.cutmix = 0.0  # paste rectangles: a of Beta(a, a), from which areas are drawn; 0: off
     c.data.mix_probability = 1.0  # share of the batches that are mixed
-    c.data.normalization = "own"  # the data set's own statistics, or a name in STATISTICS
+    c.data.normalization = "own"  # the data set's own statistics, or a name in STATISTICS; of a
+    # folder and tfds:NAME they are measured once, on up to 4,096 training images
     # Sets that are read in streams from disk (imagenet2012, tfds:NAME, folder):
     c.data.streams = 64  # the order is cut into so many, on any number of hosts; divides the batch
     c.data.backend = "tf"  # reads TFRECORD files; "grain" reads ARRAY_RECORD files

@@ -11,14 +11,15 @@ import ml_collections
 
 from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import Data
+from dfs_jax.data.record import Record
 
 
-def _load(module: str) -> Callable[[ml_collections.ConfigDict], Data]:
+def _load(module: str) -> Callable[..., Data]:
     """`load` of a module of sets/, imported when called: most of them need TensorFlow Datasets."""
-    return lambda config: importlib.import_module(f"dfs_jax.data.sets.{module}").load(config)
+    return lambda *given: importlib.import_module(f"dfs_jax.data.sets.{module}").load(*given)
 
 
-_LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
+_LOADERS: dict[str, Callable[..., Data]] = {
     "cifar10": _load("cifar"),
     "cifar100": _load("cifar"),
     "digits": _load("digits"),
@@ -29,6 +30,10 @@ _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Data]] = {
     "imagenet2012": _load("imagenet"),
 }
 _TFDS = "tfds:"  # before the name of any other data set of TFDS
+_RECORDED = (
+    "folder",
+    "imagenet2012",
+)  # whose `load` also takes what the run has noted, as that of tfds:NAME
 
 # Shape of the images, ImageNet's as they are usually cropped, and number of classes.
 KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {
@@ -47,22 +52,24 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_LOADERS))
 
 
-def create(config: ml_collections.ConfigDict) -> Data:
+def create(config: ml_collections.ConfigDict, known: Record | None = None) -> Data:
     """The splits of data set `config.data.name`; `config` is the whole configuration.
 
     Prepares the data in `config.data.dir` where that has not been done and takes little time.
-    Raises ConfigError for an unknown name and for fields of `config.data` that do not fit the
-    data set, DataError for data that are not there or cannot be read.
+    `known` is what the run has noted of them before: which files it holds out, what was measured;
+    `record.OF_BEFORE` for a run that noted nothing. Whether the data are still those is for the
+    caller to compare. Raises ConfigError for an unknown name and for fields of `config.data` that
+    do not fit the data set, DataError for data that are not there or cannot be read.
     """
     name = config.data.name
     if name.startswith(_TFDS):
-        return _load("tfds_by_name")(config)
+        return _load("tfds_by_name")(config, known)
     if name not in _LOADERS:
         raise ConfigError(
             f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}, and "
             f"{_TFDS}NAME for others of TFDS"
         )
-    return _LOADERS[name](config)
+    return _LOADERS[name](config, known) if name in _RECORDED else _LOADERS[name](config)
 
 
 def known_images(
@@ -75,5 +82,5 @@ def known_images(
     side = config.data.image_size
     shape, num_classes = KNOWN.get(config.data.name, (None, None))
     if side:
-        shape = (side, side, shape[-1] if shape else 3)
+        shape = (side, side, config.data.channels or (shape[-1] if shape else 3))
     return shape, num_classes

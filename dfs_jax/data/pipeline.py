@@ -11,6 +11,8 @@ import jax
 import ml_collections
 
 from dfs_jax.config import ConfigError
+from dfs_jax.data.augment.normalization import Statistics
+from dfs_jax.data.record import Record
 from dfs_jax.models.inputs import Inputs, abstract
 
 Batch = dict[str, jax.Array]
@@ -31,6 +33,7 @@ class Spec:
     train_size: int
     validation_size: int
     test_size: int
+    statistics: Statistics | None = None  # mean and deviation that images are normalised by
 
     def batch(self, count: int) -> Any:
         """What a network takes for `count` examples, as shapes and types."""
@@ -88,6 +91,7 @@ class Data:
     validation: EvalSource | None
     test: EvalSource
     spec: Spec
+    record: Record | None = None  # what a run notes of them; None: nothing
 
 
 def check_batch(config: ml_collections.ConfigDict, devices: int) -> None:

@@ -108,6 +108,15 @@ def _in_cluster() -> bool:
     return chips and importlib.util.find_spec("libtpu") is not None
 
 
+def same_everywhere(digest: bytes) -> bool:
+    """Whether `digest` is the same in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return True
+    own = np.frombuffer(digest, np.uint8)
+    with jax.transfer_guard("allow"):
+        return bool((multihost_utils.process_allgather(own) == own).all())
+
+
 def agreed(answer: bool) -> bool:
     """The answer of process 0, in every process; all of them must ask."""
     if jax.process_count() == 1:

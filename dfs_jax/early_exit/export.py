@@ -1,7 +1,7 @@
 """Export of a trained run to one file that `bundle.EarlyExit` answers images with; a command.
 
     python -m dfs_jax.early_exit.export --workdir DIR --out BUNDLE [--step latest|best|N]
-        [--batch-size B] [--score max_softmax|margin|entropy|patience]
+        [--data_dir DIR] [--batch-size B] [--score max_softmax|margin|entropy|patience]
 
 Every segment and exit becomes a StableHLO program for each batch size up to B, for CPU, CUDA and
 TPU. Thresholds are fitted on the validation split, for any budget; if `dfs_jax.evaluate` left
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = command.parser(__doc__)
     command.add_workdir(parser)
+    command.add_data_dir(parser)
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="file to write")
     parser.add_argument("--step", default="latest", metavar="latest|best|N", help="checkpoint")
     parser.add_argument(
@@ -170,7 +171,8 @@ def _export_workdir(arguments: argparse.Namespace) -> None:
 
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    run = prepare(workdirs.saved_config(arguments.workdir))
+    config = workdirs.saved_config(arguments.workdir, arguments.data_dir)
+    run = prepare(config, arguments.workdir)
     step, state = restore(run, arguments.workdir, arguments.step)
     contents = _contents(run, arguments, step, state.variables)
     variables = jax.device_get(state.variables)  # off the mesh: a program runs on one device
@@ -301,17 +303,13 @@ def _family(run: Any, variables: Any, score: str, costs: Sequence[float]) -> tup
 
 def _preprocessing(run: Any) -> Preprocessing:
     """What the run's own evaluation does to images."""
-    from dfs_jax.data.augment import normalization
     from dfs_jax.data.input import in_memory
 
     spec, in_full = run.data.spec, isinstance(run.data.test, in_memory.InMemoryEval)
-    image_shape = side, _, channels = spec.inputs["image"].shape
-    own = {"imagenet2012": "imagenet"}.get(spec.name, spec.name)
-    mean, std = normalization.statistics(run.config, own, channels)
+    image_shape = side, *_ = spec.inputs["image"].shape
     return Preprocessing(
         image_shape,
-        mean,
-        std,
+        *spec.statistics,
         short_side=0 if in_full else short_side(side),
         antialias=in_full or run.config.data.antialias,
     )

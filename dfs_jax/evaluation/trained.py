@@ -30,9 +30,9 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
     if arguments.published:
         with refusals("--published"):
             overlay = published.results(arguments.published)
-    config = workdirs.saved_config(arguments.workdir)
+    config = workdirs.saved_config(arguments.workdir, arguments.data_dir)
     histories = _conflict(arguments)
-    run = prepare(config)
+    run = prepare(config, arguments.workdir)
     costs = exit_costs(run.network, run.data.spec.batch(1)).cumulative
     _check_run(arguments, run, costs)
     step, state = restore(run, arguments.workdir, arguments.step)

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the weights lack the exits, or have others: those start from initial values",
     )
     save = parser.add_argument_group("with --export")
+    command.add_data_dir(save)
     save.add_argument("--step", default="latest", metavar="latest|best|N", help="checkpoint")
     return command.run(parser, argv, _run)
 
@@ -219,8 +220,8 @@ def _first_state(
 
 def _export(arguments: argparse.Namespace) -> None:
     """Write the weights of a run's checkpoint, those that evaluation uses, to a file."""
-    config = workdirs.saved_config(arguments.workdir)
-    run = prepare(config)  # the data say how many classes there are
+    config = workdirs.saved_config(arguments.workdir, arguments.data_dir)
+    run = prepare(config, arguments.workdir)  # the data say how many classes there are
     step, state = restore(run, arguments.workdir, arguments.step)
     entries = torch.to_state_dict(run.network, jax.device_get(state.variables))
     files.write_weights(arguments.export, entries)

@@ -58,7 +58,7 @@ def _train(run: Run, workdir: str) -> dict[str, float]:
     weights, train_step = given_weights(run, workdir), make_train_step(run)
     if _reached(run, workdir) < run.total_steps:
         memory.check_step(run, train_step)
-    directory = workdirs.create(run.config, workdir)
+    directory = workdirs.create(run.config, workdir, run.data.record)
     say(placement.describe(run.mesh))
 
     held_out = run.data.validation

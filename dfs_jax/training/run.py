@@ -23,7 +23,7 @@ from dfs_jax.gradients import GradientMethod
 from dfs_jax.models import MultiExit
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
-from dfs_jax.training import freeze, optim
+from dfs_jax.training import data_record, freeze, optim
 from dfs_jax.training import workdir as workdirs
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,9 @@ def prepare(
 ) -> Run:
     """Check the whole configuration, then prepare its data; nothing is compiled.
 
-    With a `workdir`, refuses one that another experiment used. A `source` takes the place of
-    the configured data. Raises ConfigError.
+    With a `workdir`, refuses one that another experiment used, data that are not those of its run,
+    and data with nothing to tell apart. A `source` takes the place of the configured data. Raises
+    ConfigError.
     """
     limits.check(config)
     network = create_network(config, num_classes=1)
@@ -75,7 +76,9 @@ def prepare(
         workdirs.check(config, workdir)
 
     if source is None:
-        source = data.create(config)
+        source = data_record.create(config, workdir)
+    if workdir is not None:
+        _check_classes(source.spec)
     network = network.clone(num_classes=source.spec.num_classes)
     params = _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
@@ -203,6 +206,14 @@ def _check_accumulation(
         raise ConfigError(
             f"gradients {config.gradients.name} needs {method.smallest_batch} examples at a time, "
             f"got train.batch_size {batch_size} with train.accumulation {count}"
+        )
+
+
+def _check_classes(spec: data.pipeline.Spec) -> None:
+    if spec.num_classes < 2:
+        raise ConfigError(
+            f"data {spec.name!r} have one class, {', '.join(map(repr, spec.class_names))}, and "
+            "nothing to tell apart; give two or more"
         )
 
 

@@ -10,8 +10,10 @@ from etils import epath
 from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
 from dfs_jax.config.command import configure_jax
+from dfs_jax.data.record import Record
+from dfs_jax.training import data_record
 from dfs_jax.training.checkpoint import newest_step
-from dfs_jax.writing.files import write_whole
+from dfs_jax.writing.files import absolute, write_whole
 
 # What may change between two runs in one workdir; a change elsewhere is another experiment.
 _FREE = {
@@ -53,15 +55,17 @@ def load(workdir: str) -> ml_collections.ConfigDict | None:
         raise ConfigError(f"--workdir: {saved} is not a saved configuration: {error}") from error
 
 
-def saved_config(workdir: str) -> ml_collections.ConfigDict:
+def saved_config(workdir: str, data_dir: str | None = None) -> ml_collections.ConfigDict:
     """The configuration that a run saved in `workdir`, for commands that read a trained run.
 
-    Raises ConfigError if there is none.
+    `data_dir` is where its data are, None where they were. Raises ConfigError if there is none.
     """
     config = load(workdir)
     if config is None:
         raise ConfigError(f"--workdir: {workdir} holds no run (there is no config.json)")
     configure_jax(config)
+    if data_dir:
+        config.data.dir = absolute(data_dir)
     return config
 
 
@@ -101,12 +105,21 @@ def check_source(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"train.init_from: {source} is no workdir with a checkpoint")
 
 
-def create(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
-    """Make the workdir if need be and save the configuration there; raises ConfigError."""
+def create(
+    config: ml_collections.ConfigDict, workdir: str, noted: Record | None = None
+) -> epath.Path:
+    """Make the workdir if need be and save the configuration there; raises ConfigError.
+
+    `noted` is the record of the data that the run has read. Their place is saved in full.
+    """
     directory = epath.Path(workdir)
+    config = config.copy_and_resolve_references()
+    if config.data.dir:
+        config.data.dir = absolute(config.data.dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
+            data_record.save(directory, noted)  # first: a saved configuration has its record
             write_whole(directory / "config.json", configuration.to_json(config))
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error

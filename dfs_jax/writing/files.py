@@ -35,6 +35,11 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def absolute(path: str) -> str:
+    """A local path with its home folder and from the root; others, as gs://…, as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 def json_text(content: Any, indent: int | None = None) -> str:
     """`content` as JSON with a newline at the end; see `_plain` for what JSON lacks."""
     return json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n"

@@ -1,4 +1,6 @@
-"""Means and deviations of the known data sets, and the normalisation by them."""
+"""Means and deviations of data sets, known or measured, and the normalisation by them."""
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +28,27 @@ STATISTICS: dict[str, Statistics] = {
 }
 
 
-def statistics(config: ml_collections.ConfigDict, own: str, channels: int) -> Statistics:
+MEASURED = 4096  # training images, at most, that statistics are measured on
+
+
+def statistics(
+    config: ml_collections.ConfigDict, own: str | Statistics, channels: int
+) -> Statistics:
     """Mean and standard deviation that `config.data.normalization` chooses, one per channel.
 
-    `own` names the data set's entry in STATISTICS. Raises ConfigError for an unknown name and
-    for statistics of another number of channels.
+    `own` is what "own" stands for: the data set's entry in STATISTICS, or what was measured.
+    Raises ConfigError for an unknown name and for statistics of another number of channels.
     """
-    name = own if config.data.normalization == "own" else config.data.normalization
+    name = config.data.normalization
+    if name == "own" and not isinstance(own, str):
+        return own
+    if name == "own" and own not in STATISTICS:
+        raise ConfigError(
+            f"data.normalization 'own', but data set {own!r} has no entry in STATISTICS of "
+            f"augment/normalization.py; take one of {', '.join(sorted(STATISTICS))}"
+        )
+    name = own if name == "own" else name
     if name not in STATISTICS:
-        if name == own:
-            raise ConfigError(
-                f"data.normalization 'own', but data set {own!r} has no entry in STATISTICS of "
-                f"augment/normalization.py; take one of {', '.join(sorted(STATISTICS))}"
-            )
         raise ConfigError(
             f"data.normalization: there are no statistics {name!r}; "
             f"known: own, {', '.join(sorted(STATISTICS))}"
@@ -50,6 +60,30 @@ def statistics(config: ml_collections.ConfigDict, own: str, channels: int) -> St
             f"have {channels}; take 'own'"
         )
     return mean, std
+
+
+def knows(name: str | None, channels: int) -> bool:
+    """Whether STATISTICS has the entry `name` for so many channels."""
+    return name in STATISTICS and len(STATISTICS[name][0]) == channels
+
+
+def measure(images: Iterable[np.ndarray]) -> Statistics:
+    """Mean and standard deviation of each channel over arrays (n, H, W, C) uint8, in four decimals.
+
+    Levels are counted, so that the result does not depend on any order. A channel that is the same
+    everywhere gets the deviation 1. Raises ConfigError where there are no images.
+    """
+    counts = sum(
+        np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(part, -1, 0)])
+        for part in images
+    )
+    if not np.any(counts):
+        raise ConfigError("data.normalization 'own': none of the training images can be read")
+    levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt(np.sum(shares * (levels - mean[:, None]) ** 2, axis=1))
+    rounded = [tuple(np.round(values, 4).tolist()) for values in (mean, std)]
+    return rounded[0], tuple(value or 1.0 for value in rounded[1])
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -34,13 +34,14 @@ Parse = Callable[["tf.Tensor", "tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How records become images of `size` x `size` RGB pixels and labels below `num_classes`."""
+    """How records become images of `size` x `size` pixels and labels below `num_classes`."""
 
     parse: Parse
     size: int
     num_classes: int
     min_crop_area: float  # smallest share of an image's area that a random crop covers
     antialias: bool
+    channels: int = 3  # 1: grey
 
     def batches(
         self, records: "tf.data.Dataset", batch_size: int, seed: int | None, *, remainder: bool
@@ -74,7 +75,7 @@ class Decoder:
         raw, index, _ = record
         unreadable = tf.equal(tf.strings.length(raw), 0)
         black = {
-            "image": tf.zeros((self.size, self.size, 3), tf.uint8),
+            "image": tf.zeros((self.size, self.size, self.channels), tf.uint8),
             "label": tf.constant(0, tf.int32),
             "status": tf.where(unreadable, np.int32(_MISSING), np.int32(_UNDECODABLE)),
             "index": index,
@@ -106,10 +107,10 @@ class Decoder:
         def of_jpeg():
             # Decodes only the blocks of pixels that the crop needs.
             window = self._window(tf.io.extract_jpeg_shape(encoded), seed)
-            return tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
+            return tf.image.decode_and_crop_jpeg(encoded, window, channels=self.channels)
 
         def of_others():
-            image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+            image = tf.io.decode_image(encoded, channels=self.channels, expand_animations=False)
             top, left, height, width = tf.unstack(self._window(tf.shape(image), seed))
             return image[top : top + height, left : left + width]
 
@@ -134,7 +135,7 @@ class Decoder:
     def _centre(self, encoded: "tf.Tensor") -> "tf.Tensor":
         import tensorflow as tf
 
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = tf.io.decode_image(encoded, channels=self.channels, expand_animations=False)
         shape = tf.shape(image)[:2]
         short = round(self.size * _RESIZED)
         scale = tf.cast(short, tf.float64) / tf.cast(tf.reduce_min(shape), tf.float64)
@@ -142,7 +143,7 @@ class Decoder:
         top, left = tf.unstack((resized - self.size) // 2)
         image = self._resize(image, resized)
         image = image[top : top + self.size, left : left + self.size]
-        return tf.ensure_shape(image, (self.size, self.size, 3))
+        return tf.ensure_shape(image, (self.size, self.size, self.channels))
 
     def _resize(self, image: "tf.Tensor", shape: Any) -> "tf.Tensor":
         import tensorflow as tf

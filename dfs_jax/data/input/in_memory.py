@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data import pipeline
+from dfs_jax.data import pipeline, record
 from dfs_jax.data.augment.augmentation import Augmentation
 from dfs_jax.data.augment.mixing import Mixing
 from dfs_jax.data.augment.normalization import Statistics, normalise, statistics
@@ -53,6 +53,11 @@ def from_arrays(
     splits = {"train": train, "validation": validation, "test": test}
     arrays = {k: _checked(k, v, config.data.image_size) for k, v in splits.items() if v is not None}
     shape, num_classes = arrays["train"][0].shape[1:], len(class_names)
+    if config.data.channels not in (0, shape[-1]):
+        raise ConfigError(
+            f"data.channels {config.data.channels}: the images of {name} have {shape[-1]}; 0: as "
+            "they are"
+        )
     scale = statistics(config, own=name, channels=shape[-1])
 
     def held_out(split: str) -> "InMemoryEval":
@@ -78,7 +83,9 @@ def from_arrays(
             train_size=len(train[1]),
             validation_size=0 if validation is None else len(validation[1]),
             test_size=len(test[1]),
+            statistics=scale,
         ),
+        record=record.whole({k: len(labels) for k, (_, labels) in arrays.items()}, class_names),
     )
 
 

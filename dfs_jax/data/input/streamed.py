@@ -12,6 +12,7 @@ passes about 27,000 ImageNet records (2.8 GB) a second, so that the disk decides
 dfs_jax.benchmark --input_only --start STEP` tells.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,16 +27,19 @@ from dfs_jax.data import pipeline
 from dfs_jax.data.augment import normalization
 from dfs_jax.data.augment.augmentation import Augmentation
 from dfs_jax.data.augment.mixing import Mixing
+from dfs_jax.data.augment.normalization import Statistics
 from dfs_jax.data.input import decode, order
 from dfs_jax.data.input.devices import one_ahead, place, place_rows, replicated
 from dfs_jax.data.input.records import Records
 from dfs_jax.data.pipeline import Batch, Data, DataError, Spec
+from dfs_jax.data.record import Record, whole
 from dfs_jax.models.inputs import images as image_inputs
 
 log = logging.getLogger(__name__)
 
 HostBatch = dict[str, np.ndarray]  # the rows of a batch that one host makes
 
+_BLOCKS = 16  # of neighbouring records, that statistics are measured on
 _TOLD = 10  # damaged records that the log names one by one
 
 
@@ -49,6 +53,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"data.image_size {d.image_size}: data set {d.name!r} needs the pixels a side of the "
             "crops, for instance 224"
         )
+    if d.channels not in (0, 1, 3):
+        raise ConfigError(f"data.channels must be 1 (grey), 3 or 0 (also 3), got {d.channels}")
     if d.on_error not in ("raise", "skip"):
         raise ConfigError(f"data.on_error must be 'raise' or 'skip', got {d.on_error!r}")
     if d.backend not in ("tf", "grain"):
@@ -70,14 +76,69 @@ def from_records(
     class_names: Sequence[str],
     own_validation: Records | None = None,
     statistics: str | None = None,
+    record: Record | None = None,
+    known: Record | None = None,
 ) -> Data:
     """Records served as `config`, which has passed `check_config`, says.
 
     The validation split is the last `data.validation_size` records of `train`, or, for -1,
     `own_validation`; it is read like the test split. `statistics` is the entry of
-    `normalization.STATISTICS` for normalization="own", None if there is none. Raises ConfigError.
+    `normalization.STATISTICS` for normalization="own"; where it is None, or is for other channels,
+    they are those of `known`, which an earlier start has noted, or measured here. `record` is what
+    a run notes of the records, None: their number. Raises ConfigError, and DataError as reading
+    does.
     """
     held = config.data.validation_size
+    _check_held(held, name, train, own_validation)
+    side = config.data.image_size
+    shape = (side, side, config.data.channels or 3)
+    size = train.size - max(held, 0)
+    plan = order.Streams.from_config(config, size, jax.process_count())
+
+    def rows(records: Records) -> "_Rows":
+        d = config.data
+        decoder = decode.Decoder(
+            records.parse, side, len(class_names), d.crop_area, d.antialias, shape[-1]
+        )
+        return _Rows(records, decoder, d.on_error)
+
+    own = statistics or name
+    if config.data.normalization == "own" and not normalization.knows(statistics, shape[-1]):
+        own = (known and known.statistics) or _measured(rows(train), size, config)
+    scale = normalization.statistics(config, own, shape[-1])
+
+    def evaluated(records: Records, first: int, last: int) -> "StreamedEval":
+        return StreamedEval(rows(records), (first, last), config.train.eval_batch_size, scale)
+
+    if held == -1:
+        validation = evaluated(own_validation, 0, own_validation.size)
+    else:
+        validation = evaluated(train, size, train.size) if held else None
+    sizes = {"train": size, "validation": validation.size if validation else 0, "test": test.size}
+    record = record or whole(sizes, class_names)
+    return Data(
+        train=StreamedTrain(
+            rows(train),
+            plan,
+            Augmentation.from_config(config, shape),
+            scale,
+            Mixing.from_config(config),
+        ),
+        validation=validation,
+        test=evaluated(test, 0, test.size),
+        spec=Spec(
+            name=name,
+            inputs=image_inputs(shape),
+            num_classes=len(class_names),
+            class_names=tuple(class_names),
+            **{f"{split}_size": count for split, count in sizes.items()},
+            statistics=scale,
+        ),
+        record=record if isinstance(own, str) else dataclasses.replace(record, statistics=own),
+    )
+
+
+def _check_held(held: int, name: str, train: Records, own_validation: Records | None) -> None:
     if held == -1 and own_validation is None:
         raise ConfigError(
             f"data.validation_size -1, but {name} has no validation split beside its test split; "
@@ -88,49 +149,6 @@ def from_records(
             f"data.validation_size {held} leaves none of the {train.size} training examples; "
             f"give 0 (no validation split) to {train.size - 1}"
         )
-    if statistics is None and config.data.normalization == "own":
-        raise ConfigError(
-            f"data.normalization 'own', but the statistics of {name} are not known; choose one of "
-            f"{', '.join(sorted(normalization.STATISTICS))}"
-        )
-    side = config.data.image_size
-    size = train.size - max(held, 0)
-    plan = order.Streams.from_config(config, size, jax.process_count())
-    scale = normalization.statistics(config, own=statistics or name, channels=3)
-
-    def rows(records: Records) -> "_Rows":
-        decoder = decode.Decoder(
-            records.parse, side, len(class_names), config.data.crop_area, config.data.antialias
-        )
-        return _Rows(records, decoder, config.data.on_error)
-
-    def evaluated(records: Records, first: int, last: int) -> "StreamedEval":
-        return StreamedEval(rows(records), (first, last), config.train.eval_batch_size, scale)
-
-    if held == -1:
-        validation = evaluated(own_validation, 0, own_validation.size)
-    else:
-        validation = evaluated(train, size, train.size) if held else None
-    return Data(
-        train=StreamedTrain(
-            rows(train),
-            plan,
-            Augmentation.from_config(config, (side, side, 3)),
-            scale,
-            Mixing.from_config(config),
-        ),
-        validation=validation,
-        test=evaluated(test, 0, test.size),
-        spec=Spec(
-            name=name,
-            inputs=image_inputs((side, side, 3)),
-            num_classes=len(class_names),
-            class_names=tuple(class_names),
-            train_size=size,
-            validation_size=validation.size if validation else 0,
-            test_size=test.size,
-        ),
-    )
 
 
 class StreamedTrain:
@@ -170,7 +188,7 @@ class StreamedTrain:
     def examples(self, start: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Rows `rows` (n,) of the batches of steps `start`, ... before what the device does.
 
-        `image` (n, H, W, 3) uint8, `label` (n,) int32. `order.host_rows` gives the rows of one
+        `image` (n, H, W, C) uint8, `label` (n,) int32. `order.host_rows` gives the rows of one
         of several hosts. A damaged record raises DataError, or with data.on_error="skip" is
         replaced by the next good row of its stream in the batch, else of the host's rows.
         """
@@ -233,7 +251,7 @@ class StreamedEval:
     def examples(self, host: int, hosts: int) -> Iterator[HostBatch]:
         """The rows of host number `host` of `hosts`, before what the device does.
 
-        `image` (n, H, W, 3) uint8, `label` (n,) int32, `mask` (n,) bool, n = B / hosts.
+        `image` (n, H, W, C) uint8, `label` (n,) int32, `mask` (n,) bool, n = B / hosts.
         """
         width = self._batch_size // hosts
         first, last = (self._extent[0] + self.size * edge // hosts for edge in (host, host + 1))
@@ -253,7 +271,8 @@ class StreamedEval:
 
     def _blank(self, width: int) -> HostBatch:
         side = self._rows.decoder.size
-        return {"image": np.zeros((width, side, side, 3), np.uint8), "label": np.zeros(width, "i4")}
+        shape = (width, side, side, self._rows.decoder.channels)
+        return {"image": np.zeros(shape, np.uint8), "label": np.zeros(width, "i4")}
 
     def _finished(self, batch):
         return {**batch, "image": normalization.normalise(batch["image"], *self._scale)}
@@ -282,6 +301,24 @@ class _Rows:
             if self.skipped <= _TOLD or self.skipped & (self.skipped - 1) == 0:
                 log.warning("%s; %d skipped so far", message, self.skipped)
         return usable
+
+
+def _measured(rows: _Rows, size: int, config: ml_collections.ConfigDict) -> Statistics:
+    """Statistics of the first `size` records as evaluation sees them, in blocks all over them."""
+    count = min(size, normalization.MEASURED)
+    blocks = 1 if count == size else _BLOCKS
+
+    def images() -> Iterator[np.ndarray]:
+        for block in range(blocks):
+            first = size * block // blocks
+            extent = first, first + count * (block + 1) // blocks - count * block // blocks
+            source = StreamedEval(rows, extent, config.train.eval_batch_size, scale=((), ()))
+            for part in source.examples(0, 1):
+                yield part["image"][part["mask"]]
+
+    mean, std = normalization.measure(images())
+    log.info("measured on %d training images: mean %s, deviation %s", count, mean, std)
+    return mean, std
 
 
 def _replaced(usable: np.ndarray, stream: np.ndarray) -> np.ndarray:

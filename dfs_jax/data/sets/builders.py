@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import ml_collections
 import numpy as np
 
+from dfs_jax.data import record
 from dfs_jax.data.input.in_memory import Arrays
 from dfs_jax.data.input.records import Files, Records, TFRecords, first_missing
 from dfs_jax.data.pipeline import DataError
+from dfs_jax.data.record import Record, Split
 from dfs_jax.data.sets import archives
 
 if TYPE_CHECKING:
@@ -125,6 +127,31 @@ def records_of(
 
         return ArrayRecords(files)
     return TFRecords(files, config.data.shuffle_buffer)
+
+
+def record_of(
+    builder: "tfds.core.DatasetBuilder",
+    config: ml_collections.ConfigDict,
+    *,
+    test: str,
+    own_validation: str | None = None,
+) -> Record:
+    """What a run notes of the splits, as `streamed.from_records` makes them."""
+    held = config.data.validation_size
+
+    def split(name: str, left_out: int = 0) -> Split:
+        info = builder.info.splits[name]
+        told = (builder.info.version, info.num_examples, info.num_bytes)
+        count = info.num_examples - left_out
+        return Split(name, {name: (count, record.fingerprint(map(str, told)))})
+
+    train = builder.info.splits["train"].num_examples
+    splits = {"train": split("train", max(held, 0)), "test": split(test)}
+    if held > 0:
+        splits["validation"] = split("train", train - held)
+    elif held == -1 and own_validation:
+        splits["validation"] = split(own_validation)
+    return Record(tuple(builder.info.features["label"].names), splits)
 
 
 def hide_accelerators() -> None:

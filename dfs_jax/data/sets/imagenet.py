@@ -12,6 +12,7 @@ import ml_collections
 
 from dfs_jax.data.input import streamed
 from dfs_jax.data.pipeline import Data, DataError
+from dfs_jax.data.record import Record
 from dfs_jax.data.sets import builders
 from dfs_jax.data.sets.archives import manual_dir, sha256
 
@@ -32,8 +33,11 @@ _REGISTRATION = "https://image-net.org/download-images"
 _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
-def load(config: ml_collections.ConfigDict) -> Data:
-    """ImageNet as `config` says. Raises DataError, saying what to do, where it is not prepared."""
+def load(config: ml_collections.ConfigDict, known: Record | None = None) -> Data:
+    """ImageNet as `config` says; `known` is what the run has noted of it.
+
+    Raises DataError, saying what to do, where it is not prepared.
+    """
     streamed.check_config(config)
     builder = builders.open_prepared(NAME, config, instructions)
     for split in ("train", "validation"):
@@ -46,6 +50,8 @@ def load(config: ml_collections.ConfigDict) -> Data:
         test=builders.records_of(builder, "validation", config),
         class_names=builder.info.features["label"].names,
         statistics="imagenet",
+        record=builders.record_of(builder, config, test="validation"),
+        known=known,
     )
 
 

@@ -15,6 +15,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.augment.normalization import STATISTICS
 from dfs_jax.data.input import streamed
 from dfs_jax.data.pipeline import Data
+from dfs_jax.data.record import Record
 from dfs_jax.data.sets import archives, builders
 
 if TYPE_CHECKING:
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load(config: ml_collections.ConfigDict) -> Data:
-    """The TFDS data set that `config.data.name` names after "tfds:"."""
+def load(config: ml_collections.ConfigDict, known: Record | None = None) -> Data:
+    """The TFDS data set that `config.data.name` names after "tfds:".
+
+    `known` is what the run has noted of it.
+    """
     streamed.check_config(config)
     name = config.data.name.removeprefix("tfds:")
     builder = builders.open_prepared(name, config, functools.partial(_how_to_prepare, name))
@@ -47,6 +51,8 @@ def load(config: ml_collections.ConfigDict) -> Data:
         own_validation=own and builders.records_of(builder, own, config),
         class_names=labels.names,
         statistics=name if name in STATISTICS else None,
+        record=builders.record_of(builder, config, test=test, own_validation=own),
+        known=known,
     )
 
 

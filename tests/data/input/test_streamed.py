@@ -21,6 +21,7 @@ from dfs_jax.data.augment import normalization
 from dfs_jax.data.input import order, streamed
 from dfs_jax.data.input.records import Files, TFRecords
 from dfs_jax.data.pipeline import DataError
+from dfs_jax.data.record import Record
 
 TRAIN, TEST, CLASSES = 50, 37, 5
 
@@ -247,12 +248,26 @@ def test_values_that_do_not_fit_are_refused(served, fields, message):
         served(configured(**fields))
 
 
-def test_own_statistics_that_are_not_known(split):
-    c = configured()
-    with pytest.raises(ConfigError, match="the statistics of mine are not known; choose one of"):
-        streamed.from_records(
-            c, name="mine", train=split(range(16)), test=split(range(2)), class_names="a"
-        )
+def test_own_statistics_that_are_not_known_are_measured_on_images_all_over(split, monkeypatch):
+    monkeypatch.setattr(normalization, "MEASURED", 20)
+    monkeypatch.setattr(streamed, "_BLOCKS", 3)
+    given = {"train": split(range(TRAIN)), "test": split(range(2)), "class_names": "abcde"}
+    made = streamed.from_records(configured(validation_size=5), name="mine", **given)
+    # Records 0, 15 and 30 on, of the 45 that are trained on.
+    measured = [*range(6), *range(15, 22), *range(30, 37)]
+    seen = streamed.from_records(
+        configured(normalization="imagenet"), name="mine", **{**given, "test": split(measured)}
+    )
+    pixels = np.concatenate([b["image"][b["mask"]] for b in seen.test.examples(0, 1)]) / 255
+    mean, std = made.spec.statistics
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), atol=6e-5)
+    np.testing.assert_allclose(std, pixels.std((0, 1, 2)), atol=6e-5)
+    assert made.record.statistics == made.spec.statistics
+    assert seen.record.statistics is None
+
+    known = Record(statistics=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))  # then nothing is measured
+    again = streamed.from_records(configured(), name="mine", known=known, **given)
+    assert again.spec.statistics == again.record.statistics == known.statistics
 
 
 @pytest.mark.slow

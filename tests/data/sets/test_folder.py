@@ -187,7 +187,17 @@ def test_tfds_sets_by_name(tmp_path):
     assert sorted(labels(d.test)) == [0] * 5 + [1] * 4
     assert next(d.train.batches(0))["image"].shape == (8, 16, 16, 3)
     c.data.validation_size = 4
-    assert data.create(c).train.size == 16
+    c.data.update(normalization="own", channels=1)
+    d = data.create(c)
+    assert d.train.size == 16
+    assert {k: split.size for k, split in d.record.splits.items()} == {
+        "train": 16,
+        "validation": 4,
+        "test": 9,
+    }
+    assert d.record.statistics == d.spec.statistics
+    assert len(d.spec.statistics[0]) == 1
+    assert data.create(c, d.record).record == d.record
     c.data.backend = "grain"
     with pytest.raises(
         DataError, match=r"'grain' reads array_record files, but .* as tfrecord; take"

@@ -64,6 +64,22 @@ def test_splits_and_labels(conf):
     assert len(np.bincount(seen)) == stored.CLASSES
 
 
+def test_what_a_run_notes_does_not_depend_on_the_format(prepared):
+    noted = []
+    for backend, directory in prepared.items():
+        c = config.default()
+        c.data.update(name="imagenet2012", backend=backend, dir=str(directory))
+        c.data.update(image_size=16, streams=8, validation_size=HELD)
+        c.train.batch_size = c.train.eval_batch_size = 16
+        noted.append(data.create(c).record)
+    assert noted[0] == noted[1]
+    assert {name: split.size for name, split in noted[0].splits.items()} == {
+        "train": stored.TRAIN - HELD,
+        "validation": HELD,
+        "test": stored.VALIDATION,
+    }
+
+
 def test_the_same_batches_on_hosts_and_after_a_resume_in_mid_epoch(conf):
     source = data.create(conf).train
     whole = list(itertools.islice(source.examples(0, np.arange(16)), 9))
