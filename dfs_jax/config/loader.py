@@ -146,7 +146,8 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
             raise ValueError(text)
         node[leaf] = value
     except (TypeError, ValueError):
-        kind = node.get_type(leaf).__name__
+        kind = node.get_type(leaf)
+        kind = "int or (int, int)" if kind is object else kind.__name__
         raise ConfigError(f"config.{path}: {text!r} is not a value of type {kind}") from None
 
 
@@ -162,6 +163,8 @@ def _parse(text: str, kind: type) -> Any:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         raise ValueError(text) from None
+    if kind is object:  # of several types, which whoever uses it tells apart
+        return value
     if kind is tuple and not isinstance(value, tuple):
         return tuple(value) if isinstance(value, list) else (value,)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

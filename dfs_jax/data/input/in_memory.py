@@ -45,10 +45,9 @@ def from_arrays(
     """
     pipeline.check_batch(config, devices=1)
     seed = pipeline.check_seed(config)
-    if config.data.image_size < 0:
-        raise ConfigError(f"data.image_size {config.data.image_size} is negative; 0: as they are")
+    size = pipeline.image_size(config)
     splits = {"train": train, "validation": validation, "test": test}
-    arrays = {k: _checked(k, v, config.data.image_size) for k, v in splits.items() if v is not None}
+    arrays = {k: _checked(k, v, size) for k, v in splits.items() if v is not None}
     shape, num_classes = arrays["train"][0].shape[1:], len(class_names)
     scale = statistics(config, own=name, channels=shape[-1])
 
@@ -110,14 +109,14 @@ def hold_out(arrays: Arrays, size: int) -> tuple[Arrays, Arrays | None]:
     return (images[:-size], labels[:-size]), (images[-size:], labels[-size:])
 
 
-def resize(images: np.ndarray, side: int) -> np.ndarray:
-    """`images` (N, H, W, C) uint8 as (N, side, side, C) uint8: bilinear, rounded; 0: unchanged."""
-    if side == 0 or images.shape[1:3] == (side, side):
+def resize(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """`images` (N, h, w, C) uint8 as (N, *size, C) uint8: bilinear, rounded; None: unchanged."""
+    if size is None or images.shape[1:3] == size:
         return images
 
     @jax.jit
     def scaled(chunk):
-        shape = (len(chunk), side, side, chunk.shape[-1])
+        shape = (len(chunk), *size, chunk.shape[-1])
         # The highest precision, for an accelerator's default one is off by whole grey levels.
         result = jax.image.resize(
             chunk.astype(jnp.float32), shape, "bilinear", precision=jax.lax.Precision.HIGHEST
@@ -207,7 +206,7 @@ def _resident(
     return on
 
 
-def _checked(split: str, arrays: Arrays, side: int) -> Arrays:
+def _checked(split: str, arrays: Arrays, size: tuple[int, int] | None) -> Arrays:
     images, labels = arrays
     if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -216,4 +215,4 @@ def _checked(split: str, arrays: Arrays, side: int) -> Arrays:
         )
     if not len(labels):
         raise ConfigError(f"the {split} split is empty")
-    return resize(images, side), labels
+    return resize(images, size), labels

@@ -44,10 +44,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     d = config.data
     pipeline.check_batch(config, devices=1)
     pipeline.check_seed(config)
-    if d.image_size < 1:
+    if pipeline.image_size(config) is None:
         raise ConfigError(
-            f"data.image_size {d.image_size}: data set {d.name!r} needs the pixels a side of the "
-            "crops, for instance 224"
+            f"data.image_size 0: data set {d.name!r} needs the pixels a side of the crops, for "
+            "instance 224, or their (height, width)"
         )
     if d.on_error not in ("raise", "skip"):
         raise ConfigError(f"data.on_error must be 'raise' or 'skip', got {d.on_error!r}")
@@ -70,8 +70,9 @@ def from_records(
     class_names: Sequence[str],
     own_validation: Records | None = None,
     statistics: str | None = None,
+    channels: int = 3,
 ) -> Data:
-    """Records served as `config`, which has passed `check_config`, says.
+    """Records served as `config`, which has passed `check_config`, says; in 1 or 3 `channels`.
 
     The validation split is the last `data.validation_size` records of `train`, or, for -1,
     `own_validation`; it is read like the test split. `statistics` is the entry of
@@ -93,14 +94,18 @@ def from_records(
             f"data.normalization 'own', but the statistics of {name} are not known; choose one of "
             f"{', '.join(sorted(normalization.STATISTICS))}"
         )
-    side = config.data.image_size
+    shape = (*pipeline.image_size(config), channels)
     size = train.size - max(held, 0)
     plan = order.Streams.from_config(config, size, jax.process_count())
-    scale = normalization.statistics(config, own=statistics or name, channels=3)
+    scale = normalization.statistics(config, own=statistics or name, channels=channels)
 
     def rows(records: Records) -> "_Rows":
         decoder = decode.Decoder(
-            records.parse, side, len(class_names), config.data.crop_area, config.data.antialias
+            records.parse,
+            shape,
+            num_classes=len(class_names),
+            min_crop_area=config.data.crop_area,
+            antialias=config.data.antialias,
         )
         return _Rows(records, decoder, config.data.on_error)
 
@@ -115,7 +120,7 @@ def from_records(
         train=StreamedTrain(
             rows(train),
             plan,
-            Augmentation.from_config(config, (side, side, 3)),
+            Augmentation.from_config(config, shape),
             scale,
             Mixing.from_config(config),
         ),
@@ -123,7 +128,7 @@ def from_records(
         test=evaluated(test, 0, test.size),
         spec=Spec(
             name=name,
-            inputs=image_inputs((side, side, 3)),
+            inputs=image_inputs(shape),
             num_classes=len(class_names),
             class_names=tuple(class_names),
             train_size=size,
@@ -170,7 +175,7 @@ class StreamedTrain:
     def examples(self, start: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Rows `rows` (n,) of the batches of steps `start`, ... before what the device does.
 
-        `image` (n, H, W, 3) uint8, `label` (n,) int32. `order.host_rows` gives the rows of one
+        `image` (n, H, W, C) uint8, `label` (n,) int32. `order.host_rows` gives the rows of one
         of several hosts. A damaged record raises DataError, or with data.on_error="skip" is
         replaced by the next good row of its stream in the batch, else of the host's rows.
         """
@@ -180,12 +185,12 @@ class StreamedTrain:
         own_stream = rows // plan.rows_per_stream
         places = tf.constant(rows)
 
-        def positioned(count, record):
-            step, place = start + count // len(rows), tf.gather(places, count % len(rows))
-            return *record, step * plan.batch_size + place
+        def positioned(count, batch):
+            return *batch, (start + count) * plan.batch_size + places
 
-        records = self._rows.records.shuffled(plan, start, rows).enumerate().map(positioned)
-        batches = self._rows.decoder.batches(records, len(rows), plan.seed, remainder=False)
+        records = self._rows.records.shuffled(plan, start, rows)
+        records = records.batch(len(rows)).enumerate().map(positioned)
+        batches = self._rows.decoder.batches(records, plan.seed)
         for batch in batches.as_numpy_iterator():
             usable = self._rows.usable(batch)
             if not usable.any():
@@ -233,12 +238,13 @@ class StreamedEval:
     def examples(self, host: int, hosts: int) -> Iterator[HostBatch]:
         """The rows of host number `host` of `hosts`, before what the device does.
 
-        `image` (n, H, W, 3) uint8, `label` (n,) int32, `mask` (n,) bool, n = B / hosts.
+        `image` (n, H, W, C) uint8, `label` (n,) int32, `mask` (n,) bool, n = B / hosts.
         """
         width = self._batch_size // hosts
         first, last = (self._extent[0] + self.size * edge // hosts for edge in (host, host + 1))
-        records = self._rows.records.ordered(first, last).map(lambda *record: (*record, 0))
-        batches = self._rows.decoder.batches(records, width, seed=None, remainder=True)
+        records = self._rows.records.ordered(first, last).batch(width)
+        records = records.map(lambda *batch: (*batch, batch[1]))  # positions, which nothing uses
+        batches = self._rows.decoder.batches(records, seed=None)
         before, part = self._rows.skipped, None
         for batch in batches.as_numpy_iterator():
             part = _padded({**batch, "mask": self._rows.usable(batch)}, width)
@@ -252,8 +258,8 @@ class StreamedEval:
             log.warning("evaluation: %d of %d examples skipped", skipped, last - first)
 
     def _blank(self, width: int) -> HostBatch:
-        side = self._rows.decoder.size
-        return {"image": np.zeros((width, side, side, 3), np.uint8), "label": np.zeros(width, "i4")}
+        images = np.zeros((width, *self._rows.decoder.image_shape), np.uint8)
+        return {"image": images, "label": np.zeros(width, np.int32)}
 
     def _finished(self, batch):
         return {**batch, "image": normalization.normalise(batch["image"], *self._scale)}
@@ -269,12 +275,10 @@ class _Rows:
 
     def usable(self, batch: HostBatch) -> np.ndarray:
         """Which rows (n,) of a decoded batch are good; raises DataError unless told to skip."""
-        usable = batch["status"] == decode.USABLE
+        usable = batch["wrong"] == b""
         for row in np.flatnonzero(~usable):
-            message = (
-                f"{self.records.where(int(batch['index'][row]))} "
-                f"{decode.DAMAGED[int(batch['status'][row])]}"
-            )
+            where, wrong = self.records.where(int(batch["index"][row])), batch["wrong"][row]
+            message = f"{where} {wrong.decode()}"
             if self._on_error == "raise":
                 raise DataError(f"{message}; mend it, or set data.on_error to 'skip'")
             self.skipped += 1
