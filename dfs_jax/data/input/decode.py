@@ -7,9 +7,10 @@ stop a batch: its row says so, and what follows from that is the caller's matter
 imported when called.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from dfs_jax.data.input import pictures
 if TYPE_CHECKING:
     import tensorflow as tf
 
-_MISSING = "cannot be read: its file is missing, truncated or damaged there"
-_BAD_LABEL = "has a label that is not one of the classes"
+_MISSING = b"cannot be read: its file is missing, truncated or damaged there"
+_BAD_LABEL = b"has a label that is not one of the classes"
 
 _RESIZED = 256 / 224  # sides that an evaluated image covers before its centre crop, over the crop's
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -30,6 +31,8 @@ _DCT = "INTEGER_ACCURATE"
 
 # (stored record, its number) -> (encoded image, label), in a TensorFlow graph.
 Parse = Callable[["tf.Tensor", "tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]
+
+Rows = dict[str, np.ndarray]
 
 
 def covered(crop: tuple[int, int]) -> tuple[int, int]:
@@ -57,8 +60,8 @@ class Decoder:
         """Of the images."""
         return self.image_shape[-1]
 
-    def batches(self, records: "tf.data.Dataset", seed: int | None) -> "tf.data.Dataset":
-        """Batches {`image` (n, H, W, C) uint8, `label`, `index`, `wrong` (n,)}, in order.
+    def batches(self, records: "tf.data.Dataset", seed: int | None) -> Iterator[Rows]:
+        """`image` (n, H, W, C) uint8, `label`, `index`, `wrong` (n,) of every batch, in order.
 
         `records` yields batches of stored records, their numbers and positions, (n,) each; a stored
         record "" is one that could not be read. With a `seed` crops are random, a pure function of
@@ -66,55 +69,46 @@ class Decoder:
         a row; one that cannot be used is black, and `wrong` completes "<record> ...".
         """
         # Two batches at a time, so that the end of one does not leave cores idle.
-        return (
-            records.interleave(
-                lambda *batch: self._batch(batch, seed),
-                cycle_length=2,
-                num_parallel_calls=2,
-                deterministic=True,
-            )
-            .prefetch(1)
-            .with_options(options())
+        batches = records.interleave(
+            lambda *batch: self._at_once(batch, seed),
+            cycle_length=2,
+            num_parallel_calls=2,
+            deterministic=True,
         )
+        for rows, *failed in batches.prefetch(1).with_options(options()).as_numpy_iterator():
+            if failed[0].size:
+                made = [self._by_itself(record, seed) for record in zip(*failed, strict=True)]
+                rows = {key: np.stack([row[key] for row in made]) for key in rows}
+            yield rows
 
-    def _batch(self, batch: tuple[Any, Any, Any], seed: int | None) -> "tf.data.Dataset":
-        """The batch all at once, or, where that fails, again with a care that costs a half more."""
+    def _at_once(self, batch: tuple[Any, Any, Any], seed: int | None) -> "tf.data.Dataset":
+        """The rows of `batch` and none of its records; or none of the rows, where one fails."""
         import tensorflow as tf
 
-        records, count = tf.data.Dataset.from_tensor_slices(batch), tf.size(batch[0], tf.int64)
-        cores = os.cpu_count() or 1
-        at_once = records.map(
+        each, count = tf.data.Dataset.from_tensor_slices(batch), tf.size(batch[0], tf.int64)
+        made = each.map(
             lambda *record: self._row(record, seed, self._decoded),
-            num_parallel_calls=2 * cores,
+            num_parallel_calls=2 * (os.cpu_count() or 1),
             deterministic=True,
-        )
-        one_by_one = records.interleave(
-            lambda *record: self._careful_row(record, seed),
-            cycle_length=2 * cores,
-            block_length=1,
-            num_parallel_calls=2 * cores,
-            deterministic=True,
-        )
-        whole = at_once.batch(count, drop_remainder=True).ignore_errors()
-        return whole.concatenate(one_by_one.batch(count, drop_remainder=True)).take(1)
+        ).batch(count, drop_remainder=True)
+        none = {key: tf.zeros((0, *x.shape[1:]), x.dtype) for key, x in made.element_spec.items()}
+        empty = [tf.zeros((0,), part.dtype) for part in batch]
+        made = made.ignore_errors().map(lambda rows: (rows, *empty))
+        return made.concatenate(tf.data.Dataset.from_tensors((none, *batch))).take(1)
 
-    def _careful_row(self, record: tuple[Any, Any, Any], seed: int | None) -> "tf.data.Dataset":
-        """A data set of one row: what fails is left out, and the next attempt takes its place.
-
-        Graphs know no other way to go on after a failed operation.
-        """
+    def _by_itself(self, record: tuple[bytes, int, int], seed: int | None) -> Rows:
         import tensorflow as tf
 
-        def attempt(decoded):
-            return one.map(lambda *record: self._row(record, seed, decoded)).ignore_errors()
+        tensors = tuple(map(tf.constant, record))
+        for decoded in (self._decoded, self._by_pillow):
+            with contextlib.suppress(tf.errors.OpError):
+                return {k: x.numpy() for k, x in self._row(tensors, seed, decoded).items()}
+        black = np.zeros(self.image_shape, np.uint8)
+        return {"image": black, "label": np.int32(0), "index": record[1], "wrong": _MISSING}
 
-        one = tf.data.Dataset.from_tensors(record)
-        black = tf.zeros(self.image_shape, tf.uint8)
-        missing = {"image": black, "label": 0, "index": record[1], "wrong": _MISSING}
-        attempts = attempt(self._decoded).concatenate(attempt(self._by_pillow))
-        return attempts.concatenate(tf.data.Dataset.from_tensors(missing)).take(1)
-
-    def _row(self, record: tuple[Any, Any, Any], seed: int | None, decoded: Callable):
+    def _row(
+        self, record: tuple[Any, Any, Any], seed: int | None, decoded: Callable
+    ) -> dict[str, "tf.Tensor"]:
         import tensorflow as tf
 
         raw, index, position = record
@@ -132,7 +126,9 @@ class Decoder:
             "image": tf.ensure_shape(image, self.image_shape),
             "label": tf.cast(tf.where(known, label, tf.zeros_like(label)), tf.int32),
             "index": index,
-            "wrong": tf.where(known | (wrong != ""), wrong, _BAD_LABEL),
+            "wrong": tf.where(
+                raw == "", _MISSING, tf.where(known | (wrong != ""), wrong, _BAD_LABEL)
+            ),
         }
 
     def _decoded(self, encoded: "tf.Tensor", window: Callable | None):
@@ -174,7 +170,7 @@ class Decoder:
         if window is not None:
             top, left, height, width = tf.unstack(window(tf.shape(image)))
             image = image[top : top + height, left : left + width]
-        return image, wrong
+        return image, tf.ensure_shape(wrong, ())
 
     def _window(self, shape: "tf.Tensor", seed: "tf.Tensor") -> "tf.Tensor":
         import tensorflow as tf
@@ -234,10 +230,11 @@ def _surely_plain_jpeg(encoded: "tf.Tensor") -> "tf.Tensor":
 
     head = tf.io.decode_raw(tf.strings.substr(encoded, 0, 1024), tf.uint8)
     marker, code = head[:-1] == 0xFF, head[1:]
+    length = tf.strings.length(encoded)
     return (
         (tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff")
-        & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
-        & (tf.strings.length(encoded) < 2**18)
+        & (tf.strings.substr(encoded, tf.maximum(length - 2, 0), 2) == b"\xff\xd9")
+        & (length < 2**18)
         & tf.reduce_any(marker & (code == 0xDA))
         & ~tf.reduce_any(marker & (code > 0xE0) & (code < 0xF0))
     )

@@ -191,7 +191,7 @@ class StreamedTrain:
         records = self._rows.records.shuffled(plan, start, rows)
         records = records.batch(len(rows)).enumerate().map(positioned)
         batches = self._rows.decoder.batches(records, plan.seed)
-        for batch in batches.as_numpy_iterator():
+        for batch in batches:
             usable = self._rows.usable(batch)
             if not usable.any():
                 raise DataError(
@@ -246,7 +246,7 @@ class StreamedEval:
         records = records.map(lambda *batch: (*batch, batch[1]))  # positions, which nothing uses
         batches = self._rows.decoder.batches(records, seed=None)
         before, part = self._rows.skipped, None
-        for batch in batches.as_numpy_iterator():
+        for batch in batches:
             part = _padded({**batch, "mask": self._rows.usable(batch)}, width)
             yield part
         made = -(-(last - first) // width)

@@ -19,7 +19,7 @@ def rows(images, *, seed=None, positions=None, labels=None, size=SIZE, area=0.08
     positions = np.arange(len(raw)) if positions is None else np.asarray(positions)
     records = tf.data.Dataset.from_tensor_slices((raw, np.arange(len(raw)), positions))
     decoder = decode.Decoder(parse_example, (size, size, 3), 10, area, antialias)
-    (batch,) = decoder.batches(records.batch(len(raw)), seed).as_numpy_iterator()
+    (batch,) = decoder.batches(records.batch(len(raw)), seed)
     return batch
 
 
