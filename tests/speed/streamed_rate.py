@@ -27,7 +27,8 @@ from dfs_jax import config, data
 from dfs_jax.data.input import streamed
 from dfs_jax.data.input.records import Files, TFRecords, parse_example
 
-IMAGES, CLASSES, BATCH, SIDE, SHARDS = 512, 4, 64, 224, 64
+IMAGES, CLASSES, BATCH, SIDE, SHARDS = 512, 4, 64, 224, 8
+REPEATED = 4  # times that the records hold the images, for epochs are long
 
 
 def jpeg(seed: int) -> bytes:
@@ -66,14 +67,14 @@ def write_records(root: Path, images: list[bytes]) -> list[str]:
     paths = [str(root / f"train-{shard}") for shard in range(SHARDS)]
     for shard, path in enumerate(paths):
         with tf.io.TFRecordWriter(path) as writer:
-            for i in range(shard, len(images), SHARDS):
+            for i in REPEATED * list(range(shard, len(images), SHARDS)):
                 writer.write(example(i))
     return paths
 
 
 def configured(antialias: bool):
     c = config.default()
-    c.data.update(image_size=SIDE, antialias=antialias, validation_size=0, streams=64)
+    c.data.update(image_size=SIDE, antialias=antialias, validation_size=0, streams=SHARDS)
     c.data.update(normalization="imagenet", on_error="skip")
     c.train.batch_size = BATCH
     return c
@@ -98,7 +99,7 @@ def plain_map(records, parse, antialias: bool) -> Iterator:
         window = tf.concat([begin[:2], size[:2]], 0)
         image = tf.image.decode_and_crop_jpeg(encoded, window, 3, dct_method="INTEGER_ACCURATE")
         image = tf.image.resize(image, (SIDE, SIDE), "bilinear", antialias=antialias)
-        return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8), label
+        return tf.cast(tf.round(image), tf.uint8), label
 
     width = 2 * (os.cpu_count() or 1)
     images = records.enumerate().map(image_and_label, num_parallel_calls=width, deterministic=True)
@@ -131,7 +132,9 @@ def prepared(root: Path, images: list[bytes], antialias: bool) -> tuple[Iterator
     import tensorflow as tf
 
     paths = sorted(map(str, root.glob("train-*"))) or write_records(root, images)
-    source = TFRecords(Files(tuple(paths), (len(images) // SHARDS,) * SHARDS), shuffle_buffer=64)
+    source = TFRecords(
+        Files(tuple(paths), (REPEATED * len(images) // SHARDS,) * SHARDS), shuffle_buffer=64
+    )
     d = streamed.from_records(
         configured(antialias),
         name="made",
@@ -140,7 +143,9 @@ def prepared(root: Path, images: list[bytes], antialias: bool) -> tuple[Iterator
         class_names=[str(k) for k in range(CLASSES)],
     )
     files = tf.data.Dataset.from_tensor_slices(paths)
-    records = files.interleave(tf.data.TFRecordDataset, cycle_length=16, num_parallel_calls=4)
+    records = files.interleave(
+        tf.data.TFRecordDataset, cycle_length=SHARDS, num_parallel_calls=SHARDS
+    )
     records = records.repeat().shuffle(64)
     return d.train.examples(0, np.arange(BATCH)), plain_map(
         records, lambda raw: parse_example(raw, None), antialias

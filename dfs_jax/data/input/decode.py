@@ -9,8 +9,9 @@ imported when called.
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,12 @@ class Decoder:
         (seed, position); without, images are resized and cropped in the centre. Every record gives
         a row; one that cannot be used is black, and `wrong` completes "<record> ...".
         """
+        import tensorflow as tf
+
+        attempts = [  # at a record by itself
+            tf.function(functools.partial(self._row, seed=seed, decoded=decoded), autograph=False)
+            for decoded in (self._decoded, self._by_pillow)
+        ]
         # Two batches at a time, so that the end of one does not leave cores idle.
         batches = records.interleave(
             lambda *batch: self._at_once(batch, seed),
@@ -75,36 +82,41 @@ class Decoder:
             num_parallel_calls=2,
             deterministic=True,
         )
-        for rows, *failed in batches.prefetch(1).with_options(options()).as_numpy_iterator():
+        for rows, failed in batches.prefetch(1).with_options(options()).as_numpy_iterator():
             if failed[0].size:
-                made = [self._by_itself(record, seed) for record in zip(*failed, strict=True)]
-                rows = {key: np.stack([row[key] for row in made]) for key in rows}
-            yield rows
+                made = [self._by_itself(record, attempts) for record in zip(*failed, strict=True)]
+                rows |= {key: np.stack([row[key] for row in made]) for key in made[0]}
+            label, wrong = rows["label"], rows["wrong"]
+            known = (label >= 0) & (label < self.num_classes)
+            wrong = np.where(known | (wrong != b""), wrong, _BAD_LABEL)
+            rows["wrong"] = np.where(rows.pop("missing"), _MISSING, wrong)
+            yield {**rows, "label": np.where(known, label, 0).astype(np.int32)}
 
     def _at_once(self, batch: tuple[Any, Any, Any], seed: int | None) -> "tf.data.Dataset":
         """The rows of `batch` and none of its records; or none of the rows, where one fails."""
         import tensorflow as tf
 
-        each, count = tf.data.Dataset.from_tensor_slices(batch), tf.size(batch[0], tf.int64)
+        raw, index, _ = batch
+        each, count = tf.data.Dataset.from_tensor_slices(batch), tf.size(index, tf.int64)
         made = each.map(
             lambda *record: self._row(record, seed, self._decoded),
             num_parallel_calls=2 * (os.cpu_count() or 1),
             deterministic=True,
         ).batch(count, drop_remainder=True)
         none = {key: tf.zeros((0, *x.shape[1:]), x.dtype) for key, x in made.element_spec.items()}
-        empty = [tf.zeros((0,), part.dtype) for part in batch]
-        made = made.ignore_errors().map(lambda rows: (rows, *empty))
-        return made.concatenate(tf.data.Dataset.from_tensors((none, *batch))).take(1)
+        about, no_record = {"index": index, "missing": raw == ""}, tuple(x[:0] for x in batch)
+        made = made.ignore_errors().map(lambda rows: ({**rows, **about}, no_record))
+        failed = tf.data.Dataset.from_tensors(({**none, **about}, batch))
+        return made.concatenate(failed).take(1)
 
-    def _by_itself(self, record: tuple[bytes, int, int], seed: int | None) -> Rows:
+    def _by_itself(self, record: tuple[bytes, int, int], attempts: Sequence[Callable]) -> Rows:
         import tensorflow as tf
 
         tensors = tuple(map(tf.constant, record))
-        for decoded in (self._decoded, self._by_pillow):
+        for attempt in attempts:
             with contextlib.suppress(tf.errors.OpError):
-                return {k: x.numpy() for k, x in self._row(tensors, seed, decoded).items()}
-        black = np.zeros(self.image_shape, np.uint8)
-        return {"image": black, "label": np.int32(0), "index": record[1], "wrong": _MISSING}
+                return {key: x.numpy() for key, x in attempt(tensors).items()}
+        return {"image": np.zeros(self.image_shape, np.uint8), "label": 0, "wrong": _MISSING}
 
     def _row(
         self, record: tuple[Any, Any, Any], seed: int | None, decoded: Callable
@@ -120,16 +132,9 @@ class Decoder:
             key = tf.stack([np.int64(seed), position])
             image, wrong = decoded(encoded, lambda shape: self._window(shape, key))
             image = tf.image.resize(image, self.size, "bilinear", antialias=self.antialias)
-        known = (label >= 0) & (label < self.num_classes)
-        image = tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
-        return {
-            "image": tf.ensure_shape(image, self.image_shape),
-            "label": tf.cast(tf.where(known, label, tf.zeros_like(label)), tf.int32),
-            "index": index,
-            "wrong": tf.where(
-                raw == "", _MISSING, tf.where(known | (wrong != ""), wrong, _BAD_LABEL)
-            ),
-        }
+        # Means of pixels, so rounding leaves them in range.
+        image = tf.ensure_shape(tf.cast(tf.round(image), tf.uint8), self.image_shape)
+        return {"image": image, "label": label, "wrong": wrong}
 
     def _decoded(self, encoded: "tf.Tensor", window: Callable | None):
         """Pixels (h, w, C) of an image file, or of a `window` of it by its shape; what is wrong."""
@@ -139,13 +144,15 @@ class Decoder:
             return np.bool_(pictures.is_plain_jpeg(data, self.channels))
 
         def of_jpeg():
+            fine = {"channels": self.channels, "dct_method": _DCT}
             if window is None:
-                return tf.io.decode_jpeg(encoded, self.channels, dct_method=_DCT), ""
+                return tf.io.decode_jpeg(encoded, **fine), tf.constant("")
             # Decodes only the blocks of pixels that the window needs.
-            inside = window(tf.io.extract_jpeg_shape(encoded))
-            return tf.image.decode_and_crop_jpeg(
-                encoded, inside, self.channels, dct_method=_DCT
-            ), ""
+            shape = tf.io.extract_jpeg_shape(encoded)
+            pixels = tf.reduce_prod(tf.cast(shape[:2], tf.int64))
+            tf.raw_ops.Assert(condition=pixels <= pictures.MOST_PIXELS, data=[pixels])
+            image = tf.image.decode_and_crop_jpeg(encoded, window(shape), **fine)
+            return image, tf.constant("")
 
         def after_a_look():
             plain = tf.numpy_function(look, [encoded], tf.bool)
@@ -224,17 +231,16 @@ def _surely_plain_jpeg(encoded: "tf.Tensor") -> "tf.Tensor":
     """Whether the first and last bytes alone show what `pictures.is_plain_jpeg` looks for.
 
     The first kilobyte has the frame's header and the start of the pixels, and no segment of an
-    application but JFIF's before them. A file this small has no harmful number of pixels.
+    application but JFIF's before them.
     """
     import tensorflow as tf
 
     head = tf.io.decode_raw(tf.strings.substr(encoded, 0, 1024), tf.uint8)
     marker, code = head[:-1] == 0xFF, head[1:]
-    length = tf.strings.length(encoded)
+    last_two = tf.maximum(tf.strings.length(encoded) - 2, 0)
     return (
         (tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff")
-        & (tf.strings.substr(encoded, tf.maximum(length - 2, 0), 2) == b"\xff\xd9")
-        & (length < 2**18)
+        & (tf.strings.substr(encoded, last_two, 2) == b"\xff\xd9")
         & tf.reduce_any(marker & (code == 0xDA))
         & ~tf.reduce_any(marker & (code > 0xE0) & (code < 0xF0))
     )

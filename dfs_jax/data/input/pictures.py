@@ -13,6 +13,10 @@ import numpy as np
 # Of files that are taken for images, in letters of any size.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+# More may be an attack on memory. Pillow refuses as many unless told otherwise, and so does
+# TensorFlow.
+MOST_PIXELS = 178_956_970
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what Pillow may open
 _GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
@@ -47,8 +51,8 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     that is stored, however transparent it is. Colour profiles are ignored.
 
     Raises Refused, with the reason in a sentence, for files that are no such image, that are not
-    complete, whose range of values is not known (32 bits), or of more pixels than Pillow takes
-    for harmless; ValueError for another number of channels.
+    complete, whose range of values is not known (32 bits), or of more than
+    MOST_PIXELS; ValueError for another number of channels.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -64,8 +68,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     except UnidentifiedImageError:
         raise Refused("it is no JPEG, PNG, WebP, BMP, GIF or TIFF") from None
     except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS
-        raise Refused(f"it has more than {most:,} pixels; make it smaller") from None
+        raise Refused(f"it has more than {MOST_PIXELS:,} pixels; make it smaller") from None
     except MemoryError:
         raise Refused("there is not enough memory for its pixels") from None
     except Exception as error:  # Pillow's readers raise all kinds
@@ -78,8 +81,6 @@ def is_plain_jpeg(data: bytes, channels: int) -> bool:
     It is complete, of 8 bits, baseline or progressive, of one or three components, upright, not to
     be made grey, and of a harmless number of pixels. False where that is not certain.
     """
-    from PIL import Image
-
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return False
     at, frame = 2, b""
@@ -93,7 +94,7 @@ def is_plain_jpeg(data: bytes, channels: int) -> bool:
         data[at : at + 2] == b"\xff\xda"
         and frame[:1] == b"\x08"
         and frame[5:6] in ((b"\x01",) if channels == 1 else (b"\x01", b"\x03"))
-        and 0 < height * width <= Image.MAX_IMAGE_PIXELS
+        and 0 < height * width <= MOST_PIXELS
         and all(map(_UPRIGHT.fullmatch, _TURNED.findall(data, 0, at)))
     )
 
@@ -102,9 +103,10 @@ def _pixels(image, channels: int) -> np.ndarray:
     from PIL import ImageOps
 
     image.load()
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; a turned image has none
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = _eight_bits(image)
+        image = _eight_bits(image, tags)
     elif image.mode in ("I", "F"):
         raise Refused("its pixels have 32 bits, of an unknown range; save it with 8 or 16")
     elif image.mode not in _GREY:
@@ -114,11 +116,10 @@ def _pixels(image, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _eight_bits(image):
+def _eight_bits(image, tags):
     """A grey `image` of up to 16 bits with the upper 8 of them."""
     from PIL import Image
 
-    tags = getattr(image, "tag_v2", {})
     (bits,) = tags.get(_BITS_PER_SAMPLE, (16,))
     pixels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     return Image.fromarray(~pixels if tags.get(_PHOTOMETRIC) == 0 else pixels)
