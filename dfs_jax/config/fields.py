@@ -55,7 +55,8 @@ def default() -> ml_collections.ConfigDict:
     c.data.seed = 0  # order and augmentation of the training examples
     c.data.validation_size = 240  # examples held out of training; 0: no validation split; -1: the
     # data set's own one, where there is one beside the test split
-    c.data.image_size = 0  # resize images to this many pixels a side; 0: as they are
+    # Resize images to this many pixels a side, or to (height, width); 0: as they are.
+    c.data.image_size = config_dict.FieldReference(0, field_type=object)
     c.data.channels = 0  # 1: grey, 3: colours; 0: as they are, and colours where each file differs
     c.data.crop_padding = 0  # random crop after padding by this many pixels
     c.data.crop_fill = 0  # grey level of that padding, 0-255

@@ -7,6 +7,7 @@ checked there.
 """
 
 import math
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dfs_jax.config.fields import default, set_gradients, set_network
 
 # Of tuples that are empty by default, and of fields that take more than one type.
 _KINDS: dict[str, Any] = {
+    "data.image_size": int | tuple[int, ...],
     "gradients.options.auxiliary_weights": tuple[float, ...],
     "objective.exit_weights": tuple[float, ...],
     "optimizer.milestones": tuple[float, ...],
@@ -143,6 +145,8 @@ def _wanted(value: Any, kind: Any, numbers: _Range) -> str | None:
 
 
 def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         return isinstance(value, tuple) and all(_is(one, element) for one in value)
@@ -152,6 +156,8 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _words(kind: Any, several: bool = False) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_words(one, several) for one in typing.get_args(kind))
     if typing.get_origin(kind) is not tuple:
         return _WORDS.get(kind, (f"a value of type {kind.__name__}",) * 2)[several]
     return f"{_WORDS[tuple][several]} of {_words(typing.get_args(kind)[0], several=True)}"

@@ -195,9 +195,10 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
         node[leaf] = value
     except (TypeError, ValueError, OverflowError):
         kind = node.get_type(leaf)
+        name = "int or (int, int)" if kind is object else kind.__name__
         hint = ", which is written as (1, 2) or ('text',)" if kind is tuple else ""
         raise ConfigError(
-            f"config.{path}: {shown(text)} is not a value of type {kind.__name__}{hint}"
+            f"config.{path}: {shown(text)} is not a value of type {name}{hint}"
         ) from None
 
 
@@ -220,6 +221,8 @@ def _parse(text: str, kind: type) -> Any:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(text) from None
+    if kind is object:  # of several types, which `limits` tells apart
+        return _tuples(value) if isinstance(value, list | tuple) else value
     if kind is tuple:
         value = _tuples(value)
         return value if isinstance(value, tuple) else (value,)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import ml_collections
 
 from dfs_jax.config import ConfigError
+from dfs_jax.data import pipeline
 from dfs_jax.data.pipeline import Data
 from dfs_jax.data.record import Record
 
@@ -77,10 +78,10 @@ def known_images(
 ) -> tuple[tuple[int, int, int] | None, int | None]:
     """Image shape (H, W, C) and number of classes of the configured data, without preparing them.
 
-    None stands for what only the data themselves can tell.
+    None stands for what only the data themselves can tell. Raises ConfigError for data.image_size.
     """
-    side = config.data.image_size
+    size = pipeline.image_size(config)
     shape, num_classes = KNOWN.get(config.data.name, (None, None))
-    if side:
-        shape = (side, side, config.data.channels or (shape[-1] if shape else 3))
+    if size:
+        shape = (*size, config.data.channels or (shape[-1] if shape else 3))
     return shape, num_classes

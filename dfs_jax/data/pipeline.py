@@ -107,6 +107,24 @@ def check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
             )
 
 
+def image_size(config: ml_collections.ConfigDict) -> tuple[int, int] | None:
+    """(H, W) that `config.data.image_size` asks for; None where images stay as they are.
+
+    Raises ConfigError where it is neither a number of pixels nor a pair of them.
+    """
+    size = config.data.image_size
+    pair = (size, size) if isinstance(size, int) else size
+    whole = isinstance(pair, tuple) and [type(side) for side in pair] == [int, int]
+    if size == 0 and whole:
+        return None
+    if not whole or min(pair) < 1:
+        raise ConfigError(
+            f"data.image_size {size!r} is neither a positive number of pixels nor a pair "
+            "(height, width) of them; 0: as they are"
+        )
+    return pair
+
+
 def check_seed(config: ml_collections.ConfigDict) -> int:
     """`config.data.seed`; raises ConfigError where it is not in [0, 2**32), as keys require."""
     seed = config.data.seed

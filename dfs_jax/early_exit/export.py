@@ -79,11 +79,6 @@ def export(path: str, stages: Sequence[Stage], contents: Contents, sizes: Sequen
     bundle.write(path, manifest, {bundle.WEIGHTS: _npz(weights), **members})
 
 
-def short_side(crop: int) -> int:
-    """Pixels of an image's short side before its centre crop of `crop`: see `input/decode.py`."""
-    return round(crop * 256 / 224)
-
-
 def _programs(
     name: str, program: Program, arguments: Mapping[int, Sequence[Any]], members: dict[str, bytes]
 ) -> tuple[dict[str, Any], dict[int, Sequence[Any]]]:
@@ -303,14 +298,15 @@ def _family(run: Any, variables: Any, score: str, costs: Sequence[float]) -> tup
 
 def _preprocessing(run: Any) -> Preprocessing:
     """What the run's own evaluation does to images."""
-    from dfs_jax.data.input import in_memory
+    from dfs_jax.data.input import decode, in_memory
 
     spec, in_full = run.data.spec, isinstance(run.data.test, in_memory.InMemoryEval)
-    image_shape = side, *_ = spec.inputs["image"].shape
+    image_shape = spec.inputs["image"].shape
+    rows, columns = decode.covered(image_shape[:2])
     return Preprocessing(
         image_shape,
         *spec.statistics,
-        short_side=0 if in_full else short_side(side),
+        short_side=0 if in_full else rows if rows == columns else (rows, columns),
         antialias=in_full or run.config.data.antialias,
     )
 

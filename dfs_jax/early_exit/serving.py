@@ -1,6 +1,7 @@
 """Answers for image files from a bundle, one after another, and what is told meanwhile.
 
-Pillow is imported when a file is read. How images share batches is in `router.py`.
+A file becomes pixels as in training (`data/input/pictures.py`). How images share batches is in
+`router.py`.
 """
 
 import collections
@@ -43,10 +44,10 @@ def predictions(
         for file in files:
             try:
                 image = read_image(file, early_exit.preprocessing)
-            except (OSError, ValueError) as error:
-                reason = str(error)
+            except Exception as error:  # whatever it is, the other files are answered
+                reason = str(error) or type(error).__name__
                 if isinstance(error, OSError):
-                    reason = error.strerror or "cannot be read as an image"
+                    reason = f"cannot be read: {error.strerror or error}"
                 print(f"{file}: {reason}", file=sys.stderr, flush=True)
                 failures.append(file)
                 continue
@@ -73,15 +74,8 @@ def predictions(
 
 def read_image(file: str, preprocessing: Preprocessing) -> np.ndarray:
     """The image in `file` as (H, W, C) uint8 for the network; raises OSError or ValueError."""
-    from PIL import Image, ImageOps
+    from dfs_jax.data.input import pictures
 
-    modes = {1: "L", 3: "RGB"}
-    channels = preprocessing.image_shape[-1]
-    if channels not in modes:
-        raise ValueError(f"the network takes {channels} channels, which no image file has")
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert(modes[channels]))
-    except (Image.DecompressionBombError, SyntaxError) as error:  # what Pillow raises besides
-        raise ValueError(str(error)) from error
-    return preprocessing.fit(pixels.reshape(*pixels.shape[:2], channels))
+    with open(file, "rb") as opened:
+        data = opened.read()
+    return preprocessing.fit(pictures.decode(data, preprocessing.image_shape[-1]))

@@ -62,14 +62,11 @@ def test_streamed_images_are_cut_as_in_evaluation(antialias):
     import tensorflow as tf
 
     from dfs_jax.data.input import decode
-    from dfs_jax.early_exit import export
 
-    x = image(75, 100, 3)
-    decoder = decode.Decoder(
-        parse=None, size=32, num_classes=1, min_crop_area=1.0, antialias=antialias
-    )
-    theirs = decoder._centre(tf.io.encode_png(x)).numpy()
-    p = Preprocessing((32, 32, 3), **RGB, short_side=export.short_side(32), antialias=antialias)
+    x, size = image(75, 100, 3), (32, 24)
+    decoder = decode.Decoder(None, (*size, 3), 1, 1.0, antialias)
+    theirs = np.round(decoder._centre(tf.constant(x)))
+    p = Preprocessing((*size, 3), **RGB, short_side=decode.covered(size), antialias=antialias)
     assert np.abs(p.fit(x).astype(int) - theirs).max() <= 1
 
 

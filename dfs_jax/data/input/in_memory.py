@@ -8,6 +8,7 @@ matter of `sets/`.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -48,10 +49,9 @@ def from_arrays(
     """
     pipeline.check_batch(config, devices=1)
     seed = pipeline.check_seed(config)
-    if config.data.image_size < 0:
-        raise ConfigError(f"data.image_size {config.data.image_size} is negative; 0: as they are")
+    size = pipeline.image_size(config)
     splits = {"train": train, "validation": validation, "test": test}
-    arrays = {k: _checked(k, v, config.data.image_size) for k, v in splits.items() if v is not None}
+    arrays = {k: _checked(k, v, size) for k, v in splits.items() if v is not None}
     shape, num_classes = arrays["train"][0].shape[1:], len(class_names)
     if config.data.channels not in (0, shape[-1]):
         raise ConfigError(
@@ -120,30 +120,30 @@ def hold_out(arrays: Arrays, size: int) -> tuple[Arrays, Arrays | None]:
     return (images[:-size], labels[:-size]), (images[-size:], labels[-size:])
 
 
-def resize(images: np.ndarray, side: int) -> np.ndarray:
-    """`images` (N, H, W, C) uint8 as (N, side, side, C) uint8: bilinear, rounded; 0: unchanged.
+def resize(images: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """`images` (N, h, w, C) uint8 as (N, *size, C) uint8: bilinear, rounded; None: unchanged.
 
     Raises ConfigError where memory would not hold them.
     """
-    if side == 0 or images.shape[1:3] == (side, side):
+    if size is None or images.shape[1:3] == size:
         return images
-    needed, free = len(images) * side * side * images.shape[-1], memory.of_machine()
+    needed, free = len(images) * math.prod(size) * images.shape[-1], memory.of_machine()
     if free is not None and needed > free:
         raise ConfigError(
-            f"data.image_size {side}: {len(images):,} images take {memory.in_words(needed)} of "
+            f"data.image_size {size}: {len(images):,} images take {memory.in_words(needed)} of "
             f"memory, there are {memory.in_words(free)}"
         )
 
     @jax.jit
     def scaled(chunk):
-        shape = (len(chunk), side, side, chunk.shape[-1])
+        shape = (len(chunk), *size, chunk.shape[-1])
         # The highest precision, for an accelerator's default one is off by whole grey levels.
         result = jax.image.resize(
             chunk.astype(jnp.float32), shape, "bilinear", precision=jax.lax.Precision.HIGHEST
         )
         return jnp.clip(jnp.round(result), 0, 255).astype(jnp.uint8)
 
-    together = max(1, min(1024, _CHUNK_PIXELS // side**2))
+    together = max(1, min(1024, _CHUNK_PIXELS // math.prod(size)))
     chunks = (images[i : i + together] for i in range(0, len(images), together))
     return np.concatenate([np.asarray(scaled(jax.device_put(chunk))) for chunk in chunks])
 
@@ -227,7 +227,7 @@ def _resident(
     return on
 
 
-def _checked(split: str, arrays: Arrays, side: int) -> Arrays:
+def _checked(split: str, arrays: Arrays, size: tuple[int, int] | None) -> Arrays:
     images, labels = arrays
     if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -236,4 +236,4 @@ def _checked(split: str, arrays: Arrays, side: int) -> Arrays:
         )
     if not len(labels):
         raise ConfigError(f"the {split} split is empty")
-    return resize(images, side), labels
+    return resize(images, size), labels

@@ -46,9 +46,9 @@ def parse_example(raw: "tf.Tensor", index: "tf.Tensor") -> "tuple[tf.Tensor, tf.
     """`Records.parse` for what TFDS stores when the features are `image` and `label`."""
     import tensorflow as tf
 
-    features = {
-        "image": tf.io.FixedLenFeature((), tf.string),
-        "label": tf.io.FixedLenFeature((), tf.int64),
+    features = {  # with defaults, for "" is parsed too
+        "image": tf.io.FixedLenFeature((), tf.string, ""),
+        "label": tf.io.FixedLenFeature((), tf.int64, -1),
     }
     example = tf.io.parse_single_example(raw, features)
     return example["image"], example["label"]

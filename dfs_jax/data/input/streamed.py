@@ -48,10 +48,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     d = config.data
     pipeline.check_batch(config, devices=1)
     pipeline.check_seed(config)
-    if d.image_size < 1:
+    if pipeline.image_size(config) is None:
         raise ConfigError(
-            f"data.image_size {d.image_size}: data set {d.name!r} needs the pixels a side of the "
-            "crops, for instance 224"
+            f"data.image_size 0: data set {d.name!r} needs the pixels a side of the crops, for "
+            "instance 224, or their (height, width)"
         )
     if d.channels not in (0, 1, 3):
         raise ConfigError(f"data.channels must be 1 (grey), 3 or 0 (also 3), got {d.channels}")
@@ -90,15 +90,18 @@ def from_records(
     """
     held = config.data.validation_size
     _check_held(held, name, train, own_validation)
-    side = config.data.image_size
-    shape = (side, side, config.data.channels or 3)
+    shape = (*pipeline.image_size(config), config.data.channels or 3)
     size = train.size - max(held, 0)
     plan = order.Streams.from_config(config, size, jax.process_count())
 
     def rows(records: Records) -> "_Rows":
         d = config.data
         decoder = decode.Decoder(
-            records.parse, side, len(class_names), d.crop_area, d.antialias, shape[-1]
+            records.parse,
+            shape,
+            num_classes=len(class_names),
+            min_crop_area=d.crop_area,
+            antialias=d.antialias,
         )
         return _Rows(records, decoder, d.on_error)
 
@@ -198,13 +201,13 @@ class StreamedTrain:
         own_stream = rows // plan.rows_per_stream
         places = tf.constant(rows)
 
-        def positioned(count, record):
-            step, place = start + count // len(rows), tf.gather(places, count % len(rows))
-            return *record, step * plan.batch_size + place
+        def positioned(count, batch):
+            return *batch, (start + count) * plan.batch_size + places
 
-        records = self._rows.records.shuffled(plan, start, rows).enumerate().map(positioned)
-        batches = self._rows.decoder.batches(records, len(rows), plan.seed, remainder=False)
-        for batch in batches.as_numpy_iterator():
+        records = self._rows.records.shuffled(plan, start, rows)
+        records = records.batch(len(rows)).enumerate().map(positioned)
+        batches = self._rows.decoder.batches(records, plan.seed)
+        for batch in batches:
             usable = self._rows.usable(batch)
             if not usable.any():
                 raise DataError(
@@ -255,10 +258,11 @@ class StreamedEval:
         """
         width = self._batch_size // hosts
         first, last = (self._extent[0] + self.size * edge // hosts for edge in (host, host + 1))
-        records = self._rows.records.ordered(first, last).map(lambda *record: (*record, 0))
-        batches = self._rows.decoder.batches(records, width, seed=None, remainder=True)
+        records = self._rows.records.ordered(first, last).batch(width)
+        records = records.map(lambda *batch: (*batch, batch[1]))  # positions, which nothing uses
+        batches = self._rows.decoder.batches(records, seed=None)
         before, part = self._rows.skipped, None
-        for batch in batches.as_numpy_iterator():
+        for batch in batches:
             part = _padded({**batch, "mask": self._rows.usable(batch)}, width)
             yield part
         made = -(-(last - first) // width)
@@ -270,9 +274,8 @@ class StreamedEval:
             log.warning("evaluation: %d of %d examples skipped", skipped, last - first)
 
     def _blank(self, width: int) -> HostBatch:
-        side = self._rows.decoder.size
-        shape = (width, side, side, self._rows.decoder.channels)
-        return {"image": np.zeros(shape, np.uint8), "label": np.zeros(width, "i4")}
+        images = np.zeros((width, *self._rows.decoder.image_shape), np.uint8)
+        return {"image": images, "label": np.zeros(width, np.int32)}
 
     def _finished(self, batch):
         return {**batch, "image": normalization.normalise(batch["image"], *self._scale)}
@@ -288,12 +291,10 @@ class _Rows:
 
     def usable(self, batch: HostBatch) -> np.ndarray:
         """Which rows (n,) of a decoded batch are good; raises DataError unless told to skip."""
-        usable = batch["status"] == decode.USABLE
+        usable = batch["wrong"] == b""
         for row in np.flatnonzero(~usable):
-            message = (
-                f"{self.records.where(int(batch['index'][row]))} "
-                f"{decode.DAMAGED[int(batch['status'][row])]}"
-            )
+            where, wrong = self.records.where(int(batch["index"][row])), batch["wrong"][row]
+            message = f"{where} {wrong.decode()}"
             if self._on_error == "raise":
                 raise DataError(f"{message}; mend it, or set data.on_error to 'skip'")
             self.skipped += 1

@@ -199,7 +199,7 @@ def test_hold_out_takes_the_last(numbered):
 
 def test_resize_is_bilinear_and_rounded(conf, numbered):
     images, labels = numbered(1030)  # more than one chunk
-    assert in_memory.resize(images, 0) is images
+    assert in_memory.resize(images, None) is images
     side = 10
     weights = []
     for pixel_count in images.shape[1:3]:
@@ -207,7 +207,7 @@ def test_resize_is_bilinear_and_rounded(conf, numbered):
         distance = np.abs(np.clip(centres, 0, pixel_count - 1)[:, None] - np.arange(pixel_count))
         weights.append(np.maximum(0, 1 - distance))
     expected = np.einsum("yh,xw,nhwc->nyxc", *weights, images.astype(np.float64))
-    found = in_memory.resize(images, side)
+    found = in_memory.resize(images, (side, side))
     assert found.dtype == np.uint8
     assert np.abs(found - expected).max() < 0.501
     conf.data.image_size = side
