@@ -307,7 +307,7 @@ def network():
 
     def drawn(leaf):
         fan_in = np.prod(leaf.shape[:-1])
-        center, width = (0, 2 / np.sqrt(fan_in)) if len(leaf.shape) > 1 else (1, 0.3)
+        center, width = (0, 1 / np.sqrt(fan_in)) if len(leaf.shape) > 1 else (1, 0.3)
         return rng.normal(center, width, leaf.shape).clip(-3, 3).astype(leaf.dtype)
 
     variables = jax.tree.map(drawn, shapes)
