@@ -163,8 +163,9 @@ def _parse(text: str, kind: type) -> Any:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         raise ValueError(text) from None
-    if kind is object:  # of several types, which whoever uses it tells apart
-        return value
+    if kind is object:  # a number, or one for each side
+        value = tuple(value) if isinstance(value, list) else value
+        kind = tuple if isinstance(value, tuple) else int
     if kind is tuple and not isinstance(value, tuple):
         return tuple(value) if isinstance(value, list) else (value,)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
