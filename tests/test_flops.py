@@ -35,7 +35,9 @@ def test_command_on_a_configuration(capsys):
     assert flops.main([*argv, "--num-classes", "10"]) == 0
     assert capsys.readouterr().out == digits
     assert flops.main(["--config", DIGITS, "--config.data.image_size=16"]) == 0
-    assert capsys.readouterr().out != digits
+    square = capsys.readouterr().out
+    assert flops.main(["--config", DIGITS, "--config.data.image_size=(16,8)"]) == 0
+    assert len({digits, square, capsys.readouterr().out}) == 3
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,7 @@ def test_command_on_a_configuration(capsys):
         ),
         ("--network vgg7_cifar100 --image-size 4 --num-classes 10", "8x8"),
         ("--config nowhere.py", "no file 'nowhere.py'"),
+        (f"--config {DIGITS} --config.data.image_size=(8,8,1)", "nor a pair (height, width)"),
         (f"--config {DIGITS} --config.surgery.beta=2", "surgery.beta"),
         (f"--config {DIGITS} --config.surgery.betta=0.2", "'beta'"),
         (f"--config {DIGITS} --config.data.name=zoo", "--image-size and --num-classes"),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dfs_jax import predict
+from dfs_jax.early_exit.preprocessing import Preprocessing
 
 LABELS = ("bat", "cat", "cow", "dog")
 
@@ -75,6 +76,25 @@ def test_the_table_and_the_files_that_are_no_images(bundle, images, tmp_path, ca
     ):
         assert any(line.startswith(f"{file}: ") and reason in line for line in err.splitlines())
     assert "4 of 6 files could not be read as images" in err
+
+
+def test_a_bad_file_costs_its_own_answer_alone(bundle, images, tmp_path, capsys, monkeypatch):
+    """Whatever it raises; and a picture a pixel high is answered like any other."""
+    paths, pixels = images
+    Image.fromarray(pixels[0, :1, :, 0]).resize((20_000, 1)).save(tmp_path / "long.png")
+    fit = Preprocessing.fit
+
+    def no_memory_for_some(self, image):
+        if image.shape == pixels[1].shape and (image == pixels[1]).all():
+            raise MemoryError
+        return fit(self, image)
+
+    monkeypatch.setattr(Preprocessing, "fit", no_memory_for_some)
+    files = [paths[0], paths[1], str(tmp_path / "long.png"), *paths[2:]]
+    assert predict.main(["--bundle", bundle, "--json", *files]) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [files[0], *files[2:]]
+    assert err == f"{paths[1]}: MemoryError\n1 of 6 files could not be read as images\n"
 
 
 def test_progress_is_told_on_many_images(bundle, images, capsys):

@@ -221,8 +221,9 @@ def _parse(text: str, kind: type) -> Any:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(text) from None
-    if kind is object:  # of several types, which `limits` tells apart
-        return _tuples(value) if isinstance(value, list | tuple) else value
+    if kind is object:  # a number, or one for each side
+        value = _tuples(value) if isinstance(value, list | tuple) else value
+        kind = tuple if isinstance(value, tuple) else int
     if kind is tuple:
         value = _tuples(value)
         return value if isinstance(value, tuple) else (value,)

@@ -68,6 +68,18 @@ def test_sections_that_fill_a_dataclass_have_its_defaults():
     assert Objective(**c.objective.to_dict()) == Objective()
 
 
+@pytest.mark.parametrize("size", [64, (64, 96)])
+def test_sizes_of_images_come_back_from_json(size):
+    c = config.load(DIGITS)
+    c.data.image_size = size
+    again = config.from_json(config.to_json(c))
+    assert again.data.image_size == size
+    assert config.differences(c, again) == []
+    assert config.differences(c, config.load(DIGITS)) == [
+        f"data.image_size: {list(size) if isinstance(size, tuple) else size} there, 0 now"
+    ]
+
+
 def test_a_saved_field_that_is_missing_takes_its_default():
     saved = json.loads(config.to_json(config.load(DIGITS)))
     del saved["data"]["cutout"], saved["mesh"]
@@ -91,6 +103,9 @@ def test_a_saved_field_that_is_missing_takes_its_default():
         ("objective.exit_weights=(1,2.5)", (1, 2.5)),
         ("objective.exit_weights=[1,2]", (1, 2)),
         ("optimizer.milestones=30", (30,)),
+        ("data.image_size=64", 64),
+        ("data.image_size=(64,96)", (64, 96)),
+        ("data.image_size=[64,96]", (64, 96)),
         ("model.options.steps=(1,1)", (1, 1)),
         ("model.options.dropout_rate=0", 0.0),
         ("model.options.dropout_rate=None", None),
@@ -114,6 +129,9 @@ def test_override_has_the_type_of_its_field(override, value):
         "surgery.beta=nan",
         "surgery.beta='0.5'",
         "optimizer.milestones='30'x",
+        "data.image_size=64.5",
+        "data.image_size=None",
+        "data.image_size='64'",
     ],
 )
 def test_value_of_another_type_is_refused(override):

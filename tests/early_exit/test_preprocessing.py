@@ -1,5 +1,7 @@
 """Images made inputs, against JAX's resizing and the normalisation of training."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,43 @@ def test_the_centre_is_cut_out_once_the_short_side_fits(shape):
     assert min(whole.shape[:2]) == 10
     top, left = (whole.shape[0] - 8) // 2, (whole.shape[1] - 8) // 2
     np.testing.assert_array_equal(p.fit(x), whole[top : top + 8, left : left + 8])
+
+
+def test_pixels_that_are_cut_off_are_never_computed():
+    """Of an image of one row that is made 256 high, millions of columns are cut off."""
+    for antialias in (True, False):
+        p = Preprocessing((224, 224, 3), **RGB, short_side=256, antialias=antialias)
+        for shape in ((1, 20_000), (20_000, 1), (3, 60_000)):
+            x = image(*shape, 3)
+            tracemalloc.start()
+            found = p.fit(x)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert found.shape == (224, 224, 3)
+            assert peak < 20 * 2**20
+    before = np.full((1, 20_000, 3), 50, np.uint8)
+    before[:, 10_000:] = 150
+    # What is kept are 7/8 of a pixel, from one centre nearly to the next.
+    assert (np.abs(p.fit(before)[:, [0, -1], 0].astype(int) - [56, 144]) <= 1).all()
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(300, 17), (17, 300), (40, 41), (2, 9)])
+def test_a_part_is_that_of_the_whole(before, after, antialias):
+    x = image(before, 3, 3)
+    whole = resize(x, (after, 3), antialias=antialias)
+    for first, last in ((0, 1), (after // 3, after // 2 + 1), (after - 2, after)):
+        part = resize(x, (after, 3), (slice(first, last), slice(1, 3)), antialias=antialias)
+        np.testing.assert_allclose(part, whole[first:last, 1:3], atol=1)
+
+
+def test_images_that_are_not_square():
+    """The image covers both sides, and the crop is its centre."""
+    p = Preprocessing((8, 16, 3), **RGB, short_side=(10, 20))
+    x = image(60, 60, 3)
+    np.testing.assert_array_equal(p.fit(x), resize(x, (20, 20))[6:14, 2:18])
+    x = image(30, 120, 3)
+    np.testing.assert_array_equal(p.fit(x), resize(x, (10, 40))[1:9, 12:28])
 
 
 def test_normalisation_is_that_of_training():

@@ -25,6 +25,7 @@ GREY = np.asarray(IMAGE.convert("L"))
 AS_GREY = np.repeat(GREY[..., None], 3, axis=-1)
 PALETTE = IMAGE.quantize(4, dither=Image.Dither.NONE)
 BLACK_AND_WHITE = np.where(AS_GREY > 127, 255, 0)
+RED = np.full_like(PIXELS, (200, 40, 40))
 FINE = {"quality": 95, "subsampling": 0}
 TURNED = {  # by EXIF's orientation, what the stored PIXELS mean
     1: PIXELS,
@@ -103,7 +104,7 @@ def jpegs() -> dict[str, tuple[bytes, np.ndarray | str]]:
         "plain.jpg": (plain, PIXELS),
         "progressive.jpg": (saved(IMAGE, "JPEG", progressive=True), PIXELS),
         "grey.jpg": (saved(IMAGE.convert("L"), "JPEG"), AS_GREY),
-        "subsampled.jpg": (saved(IMAGE, "JPEG", subsampling=2), PIXELS),
+        "subsampled.jpg": (saved(Image.fromarray(RED), "JPEG", subsampling=2), RED),
         "stored_as_rgb.jpg": (saved(IMAGE, "JPEG", keep_rgb=True), PIXELS),
         "cmyk.jpg": (saved(IMAGE.convert("CMYK"), "JPEG"), PIXELS),
         "little_endian.jpg": (with_segment(plain, 0xE1, little_endian_exif(3)), TURNED[3]),

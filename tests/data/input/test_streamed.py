@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dfs_jax import config
 from dfs_jax.config import ConfigError
 from dfs_jax.data.augment import normalization
-from dfs_jax.data.input import order, streamed
+from dfs_jax.data.input import order, pictures, streamed
 from dfs_jax.data.input.records import Files, TFRecords
 from dfs_jax.data.pipeline import DataError
 from dfs_jax.data.record import Record
@@ -233,6 +233,7 @@ def test_a_batch_of_which_nothing_can_be_used_ends_the_run(served, split):
     ("fields", "message"),
     [
         ({"image_size": 0}, "data.image_size 0.*needs the pixels"),
+        ({"image_size": (16, 0)}, r"data.image_size \(16, 0\) is neither a positive number"),
         ({"on_error": "ignore"}, "data.on_error must be 'raise' or 'skip'"),
         ({"backend": "pytorch"}, "data.backend must be 'tf' or 'grain'"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer 0"),
@@ -270,6 +271,26 @@ def test_own_statistics_that_are_not_known_are_measured_on_images_all_over(split
     known = Record(statistics=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))  # then nothing is measured
     again = streamed.from_records(configured(), name="mine", known=known, **given)
     assert again.spec.statistics == again.record.statistics == known.statistics
+
+
+def test_images_of_another_height_than_width_and_of_one_channel(split):
+    c = configured(image_size=(12, 20), normalization="digits", crop_padding=1, channels=1)
+    given = {"train": split(range(16)), "test": split(range(3)), "class_names": "abcde"}
+    d = streamed.from_records(c, name="grey", **given)
+    assert d.spec.inputs["image"].shape == (12, 20, 1)
+    batch = next(d.train.batches(0))
+    assert (batch["image"].shape, batch["image"].dtype) == ((16, 12, 20, 1), np.float32)
+    rows = next(d.test.examples(0, 1))
+    assert (rows["image"].shape, int(rows["mask"].sum())) == ((16, 12, 20, 1), 3)
+    from dfs_jax.early_exit.preprocessing import Preprocessing
+
+    fitting = Preprocessing((12, 20, 1), (0.0,), (1.0,), short_side=(14, 23), antialias=False)
+    for i, image in enumerate(rows["image"][:3]):
+        colours = pictures.decode(stored.encoded(stored.photo(i)), 1)
+        assert np.abs(image.astype(int) - fitting.fit(colours)).max() <= 3
+    c.data.normalization = "imagenet"
+    with pytest.raises(ConfigError, match="'imagenet' is for 3 channels, but the images have 1"):
+        streamed.from_records(c, name="grey", **given)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_files_that_do_not_decode_are_named(tmp_path):
     root = stored.image_folder(tmp_path, {"train": {"a": 8}, "test": {"a": 2}})
     bad = root / "train" / "a" / "5.jpg"
     bad.write_bytes(b"")
-    with pytest.raises(DataError, match=rf"{bad} cannot be read, or does not decode as an image"):
+    with pytest.raises(DataError, match=rf"{bad} cannot be read as an image: it is empty"):
         next(data.create(configured(root)).train.batches(0))
     bad.write_bytes(stored.encoded(stored.photo(0)))
     d = data.create(configured(root, on_error="skip"))
