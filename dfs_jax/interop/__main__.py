@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -78,22 +79,15 @@ def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | Non
         raise ConfigError(f"--workdir: {arguments.workdir} holds a run; choose a new one")
     arrays = files.read_weights(arguments.weights)
     made = torch.made_for(create_network(config, num_classes=1), arrays)
-    if arguments.backbone and arguments.num_classes is None:
-        raise ConfigError("--backbone needs --num-classes: the exits will be new ones")
-    # Without its last exit a file is refused below, and the exit named.
-    num_classes = arguments.num_classes or made.num_classes or 1
-    if not arguments.backbone:
-        _check_classes(arguments, config, made.num_classes)
-    refuse_not_finite(arrays, f"--weights: {arguments.weights}")
-    network = create_network(config, num_classes)
     if arguments.backbone:
+        network = create_network(config, _num_classes_asked(arguments))
         variables = torch.from_backbone(network, arrays, jax.random.key(config.seed))
     else:
+        # Without its last exit a file is refused, and the exit named.
+        network = create_network(config, made.num_classes or arguments.num_classes or 1)
         variables = torch.from_state_dict(network, arrays)
-    kind = np.promote_types(np.float32, config.train.precision)
-    with np.errstate(over="ignore"):  # which is refused
-        variables = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), variables)
-    refuse_not_finite(variables, f"--weights: {arguments.weights}, as {kind},")
+        _check_classes(arguments, config, network.num_classes)
+    variables = _cast(arguments, config, network, variables)
     state = _first_state(config, network, made.image_shape, variables)
     directory = workdirs.create(config, arguments.workdir)
     lineage.record_origin(directory, arguments.weights)
@@ -101,25 +95,52 @@ def _load(arguments: argparse.Namespace, config: ml_collections.ConfigDict | Non
         saver.save(0, state, {"step": 0}, {})
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     print(
-        f"{config.model.name} with {num_classes} classes, {count:,} parameters, "
+        f"{config.model.name} with {network.num_classes} classes, {count:,} parameters, "
         f"as the checkpoint of step 0 in {arguments.workdir}"
     )
 
 
+def _num_classes_asked(arguments: argparse.Namespace) -> int:
+    if arguments.num_classes is None:
+        raise ConfigError("--backbone needs --num-classes: the exits will be new ones")
+    if arguments.num_classes < 1:
+        raise ConfigError(f"--num-classes must be at least 1, got {arguments.num_classes}")
+    return arguments.num_classes
+
+
 def _check_classes(
-    arguments: argparse.Namespace, config: ml_collections.ConfigDict, made_for: int | None
+    arguments: argparse.Namespace, config: ml_collections.ConfigDict, made_for: int
 ) -> None:
     """Refuse weights whose exits are for another number of classes than is asked for."""
-    in_data = data.known_images(config)[1]
-    wanted = arguments.num_classes or in_data
-    if made_for is None or wanted in (None, made_for):
+    asked = arguments.num_classes is not None
+    wanted = arguments.num_classes if asked else data.known_images(config)[1]
+    if wanted in (None, made_for):
         return
-    source = "--num-classes" if arguments.num_classes else f"data set {config.data.name!r}"
+    source = "--num-classes" if asked else f"data set {config.data.name!r}"
     raise ConfigError(
         f"--weights: {arguments.weights} is made for {made_for} classes, {source} says {wanted}: "
         f"--backbone --num-classes {wanted} takes all but the exits, which then start from initial "
         "values; --data names another data set"
     )
+
+
+def _cast(
+    arguments: argparse.Namespace,
+    config: ml_collections.ConfigDict,
+    network: Any,
+    variables: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """`variables` in the type of a run's weights; refuses what are no finite numbers in it."""
+    where = f"--weights: {arguments.weights}"
+    for name, value in torch.to_state_dict(network, variables).items():
+        counter = name.endswith("num_batches_tracked")
+        if not (counter or jnp.issubdtype(value.dtype, jnp.floating)):
+            raise ConfigError(f"{where} has {value.dtype} in {name}, not floating-point numbers")
+    kind = np.promote_types(np.float32, config.train.precision)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), variables)
+    refuse_not_finite(torch.to_state_dict(network, variables), f"{where}, as {kind},")
+    return variables
 
 
 def _configuration(

@@ -61,7 +61,7 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
         ".pth": _read_torch,
         ".pt": _read_torch,
         ".bin": _read_torch,
-    }.get(path.suffix)
+    }.get(path.suffix.lower())
     if read is None:
         raise InteropError(f"{path}: known kinds of weight files are .npz, .safetensors, .pth, .pt")
     if not path.exists():
@@ -81,7 +81,7 @@ def write_weights(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Non
     """
     path = epath.Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    write = {".npz": _write_npz, ".safetensors": _write_safetensors}.get(path.suffix)
+    write = {".npz": _write_npz, ".safetensors": _write_safetensors}.get(path.suffix.lower())
     if write is None:
         raise InteropError(f"{path}: weights are written as .npz or .safetensors")
     try:

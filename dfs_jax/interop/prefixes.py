@@ -40,8 +40,8 @@ def taken(entries: Mapping[str, Any], wanted: Collection[str]) -> Taken:
 
 
 def common(names: Iterable[str]) -> str:
-    """What all `names` begin with, up to a dot; "" if nothing."""
-    start = os.path.commonpath([name.replace(".", "/") for name in names])
+    """What all `names`, of which there is one at least, begin with, up to a dot; or ""."""
+    start = os.path.commonpath([name.rpartition(".")[0].replace(".", "/") for name in names])
     return start.replace("/", ".") + "." * bool(start)
 
 

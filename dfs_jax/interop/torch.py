@@ -245,12 +245,12 @@ def _report(
     )
     if len(problems) <= _LISTED:
         return head + "".join(f"\n  {name}: {problems[name]}" for name in sorted(problems))
-    if start := prefixes.common(given):
+    unknown = kinds.get(_KINDS["unknown"], [])
+    if unknown and (start := prefixes.common(given)):
         head += f"; all names there begin with {start!r}"
     some = (_LISTED - 1) // len(kinds)
     shown = [n for n in (translation.head,) if n in problems]  # it tells the number of classes
     shown += [n for found in kinds.values() for n in found[:some] if n not in shown]
-    unknown = kinds.get(_KINDS["unknown"], [])
     lines = []
     for name in shown:
         near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.5)

@@ -112,6 +112,7 @@ def test_what_weights_tell_about_their_network():
         (["--network", "msdnet_digits", "--beta", "2"], r"beta must lie in \[0, 1\]"),
         (["--network", "vgg7_cifar100", "--data", "digits"], "classifers.5.fc_p.weight: missing"),
         (["--network", "msdnet_digits", "--backbone"], "needs --num-classes"),
+        (["--network", "msdnet_digits", "--backbone", "--num-classes", "0"], "at least 1, got 0"),
         ([], "needs --network NAME"),
     ],
 )
@@ -124,17 +125,20 @@ def test_refusals(tmp_path, capfd, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(np.nan, np.float32), (-np.inf, np.float16), (1e300, np.float64)]
+    ("value", "told"),
+    [
+        (np.float32(np.nan), ", as float32, has NaN or infinity in NAME"),
+        (np.float64(1e300), ", as float32, has NaN or infinity in NAME"),
+        (np.int8(3), " has int8 in NAME, not floating-point numbers"),
+    ],
 )
-def test_weights_that_are_not_finite_are_refused(tmp_path, capfd, value, kind):
-    entries = _weights()
-    name = "classifier.2.linear.1.bias"
-    entries[name] = np.full(10, value, kind)
-    write_weights(tmp_path / "w.npz", entries)
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path, capfd, value, told):
+    entries, name = _weights(), "classifier.2.linear.1.bias"
+    entries[name] = np.full(10, value)
+    np.savez(tmp_path / "w.npz", **entries)
     arguments = ["--network", "msdnet_digits", "--weights", str(tmp_path / "w.npz")]
     assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
-    cast, where = (", as float32,", "params/exits_2/dense/bias") if value > 0 else ("", name)
-    told = f"--weights: {tmp_path / 'w.npz'}{cast} has NaN or infinity in {where}"
+    told = f"--weights: {tmp_path / 'w.npz'}{told.replace('NAME', name)}"
     assert told in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -152,6 +156,16 @@ def test_another_number_of_classes_names_the_flag(tmp_path, capfd, own):
         "values; --data names another data set"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_nothing_but_counters(tmp_path, capfd):
+    np.savez(tmp_path / "W.NPZ", **{"model.bn.num_batches_tracked": np.int64(3)})
+    (tmp_path / "W.NPZ.npz").rename(tmp_path / "W.NPZ")
+    arguments = ["--network", "msdnet_digits", "--weights", str(tmp_path / "W.NPZ")]
+    assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert "classifier.3.linear.1.weight: missing" in error
+    assert len(error.splitlines()) <= 10
 
 
 def test_a_workdir_in_use_is_refused(loaded, tmp_path, capfd):

@@ -40,3 +40,5 @@ def test_the_prefix_that_fits_the_network(entries, prefix, left_out):
 def test_what_names_have_in_common():
     assert common(["model.a.b", "model.a.c"]) == "model.a."
     assert common(["model1.a", "model2.a"]) == ""
+    assert common(["model.a"]) == "model."
+    assert common(["a", "b.c"]) == common(["a"]) == ""
