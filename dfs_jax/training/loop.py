@@ -71,7 +71,7 @@ def _train(run: Run, workdir: str) -> dict[str, float]:
         del weights  # of which the state has a copy
         start = int(jax.device_get(state.step))
         with metrics.MetricWriter(directory, start_step=start) as writer:
-            if start < run.total_steps:
+            if start < run.total_steps or _owes_scores(run, start, directory):
                 progress.describe(run, state.params, start, directory)
                 saves = Saves(run.config, saver, _every(run, "checkpoint"), start)
                 reporter = progress.Reporter(run, writer, start)
@@ -105,8 +105,10 @@ def _loop(
             reporter.evaluated(step, scores)
         return scores
 
-    if _owes_scores(start, eval_every, directory):
+    if _owes_scores(run, start, directory):
         saves.scored(start, evaluate(start, state))
+    if start == run.total_steps:
+        return state
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps):  # so many updates are done
         profile.after(step, reporter)
@@ -150,9 +152,9 @@ def _outliving_bad_data(saves: Saves, reporter: progress.Reporter) -> Iterator[N
         raise TrainingError(f"{error}; {kept}") from error
 
 
-def _owes_scores(start: int, eval_every: int, directory: epath.Path) -> bool:
-    """Whether a run that was told to end at `start` saved that step without evaluating it."""
-    if not start or start % eval_every:
+def _owes_scores(run: Run, start: int, directory: epath.Path) -> bool:
+    """Whether a run that had to end at `start` saved that step without evaluating it."""
+    if not start or (start % _every(run, "eval") and start < run.total_steps):
         return False
     return processes.agreed(not metrics.has(directory, start, "eval/mean/top1"))
 

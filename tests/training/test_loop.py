@@ -413,7 +413,7 @@ class TestDamagedData:
 
     @pytest.mark.parametrize(
         ("split", "number", "kept"),
-        [("train", 8, 7), ("validation", 2, 8)],  # the second evaluation is that of step 8
+        [("train", 8, 7), ("validation", 2, 8), ("validation", 3, 12)],  # evaluations of 8 and 12
     )
     def test_its_state_is_saved_first(
         self, trained, damaged, split, number, kept, tmp_path, monkeypatch
@@ -428,6 +428,7 @@ class TestDamagedData:
         # The advice to skip damaged records may be taken.
         config = tiny_run.config("data.on_error=skip")
         assert loop.train_and_evaluate(config, str(tmp_path)) == trained.final
+        assert by_step_and_name(tmp_path).keys() == by_step_and_name(trained.workdir).keys()
         assert_bit_identical(
             final_state(trained.config, tmp_path), final_state(trained.config, trained.workdir)
         )
