@@ -4,12 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from dfs_jax.training import metrics
 
 ROOT = Path(__file__).parents[1]
+
+# All runs have one home, as a user's have, so that many a run is the second one there. Every
+# program is kept, however small.
+_HOME = tempfile.TemporaryDirectory(prefix="dfs_jax_home_")
+KEPT = Path(_HOME.name) / ".cache" / "dfs_jax"
 
 MSDNET = ("model.options.steps=(1,1)", "model.options.initial=8", "model.options.growth=8")
 VGG = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,),(8,))")
@@ -22,7 +28,6 @@ SETTINGS = (
     "train.eval_every=10",
     "train.checkpoint_every=5",
     "train.log_every=1",
-    "train.compilation_cache=",
     "optimizer.learning_rate=0.001",
     "optimizer.warmup_epochs=0",
     "optimizer.schedule=constant",
@@ -51,6 +56,8 @@ def environment(devices=1):
     """Variables for a child: this interpreter, and so many virtual CPU devices."""
     return os.environ | {
         "PYTHON": sys.executable,
+        "HOME": _HOME.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }

@@ -291,17 +291,6 @@ def test_dockerfile_ends_in_the_training_command():
 
 
 @pytest.mark.slow
-def test_local_trains_with_two_processes(tmp_path):
-    text = processes.run(2, 1, processes.arguments(tmp_path, "train.steps=5"))
-    assert "[0] process 0 of 2, 2 cpu devices (1 of them here), mesh data=2 fsdp=1" in text
-    assert "[1] process 1 of 2" in text
-    # Process 0 speaks for both.
-    assert "[0]           test accuracy" in text
-    assert "[1]           test accuracy" not in text
-    assert processes.reached(tmp_path) == 5
-
-
-@pytest.mark.slow
 def test_a_configuration_that_is_refused_is_told_once_by_each_process_and_ends_all(tmp_path):
     running = processes.start(2, 1, processes.arguments(tmp_path, "train.batch_size=15"))
     text, _ = running.communicate(timeout=300)

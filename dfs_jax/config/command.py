@@ -130,11 +130,11 @@ def configure_jax(config: ml_collections.ConfigDict) -> None:
     """Set what JAX must know before anything is computed: float64, the compilation cache."""
     import jax
 
+    from dfs_jax.config import programs
+
     if config.train.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    if config.train.compilation_cache:
-        cache = os.path.expanduser(config.train.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", cache)
+    programs.keep(config.train.compilation_cache)
 
 
 def _parse(

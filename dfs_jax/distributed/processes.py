@@ -31,8 +31,9 @@ def start_processes(
 
     With all three given, processes 0..num_processes-1 meet at `coordinator` (HOST:PORT, process
     0's). With none, a Cloud TPU slice, SLURM job, MPI job or Kubernetes job is recognised by its
-    environment and joined; without one this is a run of a single process. Whatever fails while
-    joining is raised. Raises ConfigError if only some are given or they do not fit.
+    environment and joined; without one this is a run of a single process. Several processes on
+    CPU take no program from the persistent cache. Whatever fails while joining is raised. Raises
+    ConfigError if only some are given or they do not fit.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     patience = {
@@ -55,6 +56,12 @@ def start_processes(
             jax.distributed.initialize(coordinator, num_processes, process_id, **patience)
     elif _in_cluster():
         jax.distributed.initialize(**patience)
+    if jax.distributed.is_initialized() and jax.default_backend() == "cpu":
+        # A program for CPU that was read from the persistent cache has forgotten in which order
+        # the collectives of a function or loop in it and those outside come. Two processes then
+        # meet in different ones. Where their sizes differ gloo ends the process; where they
+        # agree it would add what does not belong together.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextlib.contextmanager

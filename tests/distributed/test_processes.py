@@ -29,6 +29,29 @@ def largest_difference(a, b):
     return max(np.abs(np.asarray(x, float) - np.asarray(y, float)).max() for x, y in leaves)
 
 
+def test_the_second_run_in_a_home_and_a_resumed_one_end_as_the_first(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    kept = programs()
+    text = processes.run(2, 1, processes.arguments(first, "train.steps=5"))
+    assert "[0] process 0 of 2, 2 cpu devices (1 of them here), mesh data=2 fsdp=1" in text
+    assert "[1] process 1 of 2" in text
+    # Process 0 speaks for both.
+    assert "[0]           test accuracy" in text
+    assert "[1]           test accuracy" not in text
+    # No run takes a program from another: those that are read back sum in another order.
+    assert programs() == kept
+    for steps in (3, 5):
+        processes.run(2, 1, processes.arguments(second, f"train.steps={steps}"))
+    a, b = final_state(first), final_state(second)
+    assert a.step == b.step == processes.reached(second) == 5
+    assert largest_difference(a, b) == 0
+
+
+def programs():
+    """Names of the compiled programs that are kept in the home of the runs."""
+    return {entry.name for entry in processes.KEPT.glob("*-cache")}
+
+
 @pytest.mark.parametrize("network", [processes.MSDNET, processes.VGG], ids=["msdnet", "vgg7"])
 def test_any_number_of_processes_and_devices_trains_alike(network, tmp_path):
     losses, scores = {}, {}
