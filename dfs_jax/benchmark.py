@@ -27,7 +27,8 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from dfs_jax.config import ConfigError, command
+from dfs_jax.config import ConfigError, command, limits
+from dfs_jax.config.errors import shown
 from dfs_jax.distributed import placement
 from dfs_jax.ops import allocator
 from dfs_jax.profiling import methods, overheads, random_images, report, step_cost
@@ -153,6 +154,8 @@ def _check_at_least_one(arguments: argparse.Namespace, *flags: str) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} must be at least 1, got {value}")
+        if value is not None and value > limits.LARGEST_INTEGER:
+            raise ConfigError(f"--{flag} must be below 2**31, got {shown(value)}")
 
 
 def _check_out(out: Path | None) -> None:
@@ -173,6 +176,8 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
+    if value > limits.LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"{value} is more than {limits.LARGEST_INTEGER:,}")
     return value
 
 

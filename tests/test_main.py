@@ -131,6 +131,10 @@ def test_flags_that_are_missing_or_unknown(arguments, message, tmp_path, capsys)
     assert message in refusal(arguments, capsys, tmp_path)
 
 
+def test_a_workdir_without_a_name_is_refused(tmp_path, capsys):
+    assert "give the folder of the run" in refusal(tiny_run.arguments(""), capsys, tmp_path)
+
+
 @pytest.mark.parametrize("below", ["", "run", "a/b"])
 def test_a_workdir_that_cannot_be_written_is_refused(below, tmp_path, capsys):
     # Not by permissions, which do not bind root: there is a file where a directory must be.

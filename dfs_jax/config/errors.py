@@ -45,6 +45,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 def shown(value: Any) -> str:
     """`value` as Python writes it, shortened where it is long: a message stays one sentence."""
     try:
-        return _SHORT.repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # Python writes no numbers of thousands of digits
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"
+    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -86,18 +86,20 @@ def check(config: ml_collections.ConfigDict, section: str = "") -> None:
     Fields that are missing, or that no configuration has, are refused too. `section` restricts
     the check to one.
     """
-    standard = default()
-    set_network(standard, config.model.name)
-    set_gradients(standard, config.gradients.name)
-    given, known = _fields(config), _fields(standard)
-    for path in given.keys() - known.keys():
+    given, standard = _fields(config), default()
+    for path, choose in (("model.name", set_network), ("gradients.name", set_gradients)):
+        name = given.get(path, (None,))[0]
+        if isinstance(name, str):  # the check below refuses anything else
+            choose(standard, name)
+    known = _fields(standard)
+    for path in sorted(given.keys() - known.keys()):
         raise ConfigError(f"config.{path}: {unknown(path, known, 'field')}")
     for path, (usual, kind) in known.items():
         if not path.startswith(section):
             continue
         if path not in given:
-            if ".options." in path:
-                continue  # a file may leave options to their defaults
+            if ".options." in path:  # the network's or the method's own value then
+                continue
             raise ConfigError(f"config.{path} is missing")
         value = given[path][0]
         if value is not None or usual is not None:  # placeholders alone may stay empty

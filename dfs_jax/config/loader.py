@@ -79,8 +79,6 @@ def refusing_mistakes(file: str) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines = [error.lineno]
         reason = f"{type(error).__name__}: {_reason(error)}"
         reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
         where = f" (line {lines[-1]})" if lines else ""

@@ -26,7 +26,7 @@ def create_mesh(config: ml_collections.ConfigDict) -> Mesh:
     devices = jax.devices()
     data, fsdp = config.mesh.data, config.mesh.fsdp
     kind = f"{len(devices)} {devices[0].platform} devices"
-    if fsdp < 1 or (data == -1 and len(devices) % fsdp):
+    if not 1 <= fsdp <= len(devices) or (data == -1 and len(devices) % fsdp):
         raise ConfigError(f"config.mesh.fsdp = {fsdp} does not divide the {kind}")
     count = len(devices) if data == -1 else data * fsdp
     if not 1 <= count <= len(devices):

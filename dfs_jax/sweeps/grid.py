@@ -37,6 +37,17 @@ class Grid:
     baseline: Mapping[str, str] = dataclasses.field(default_factory=dict)
     overrides: Sequence[str] = ()
 
+    def __post_init__(self):
+        if isinstance(self.overrides, str) or not isinstance(self.axes, Mapping):
+            raise ConfigError("a grid's overrides are a list of texts, its axes a dictionary")
+        for name, values in self.axes.items():
+            if isinstance(values, str) or not isinstance(values, Mapping | Sequence | range):
+                raise ConfigError(
+                    f"the grid's axis {name} is a list of values, got {shown(values)}"
+                )
+            if not values:
+                raise ConfigError(f"the grid's axis {name} has no values")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:

@@ -5,7 +5,6 @@ keeps what was compiled for these shapes and places.
 """
 
 import logging
-import math
 from typing import Any
 
 import jax
@@ -31,18 +30,17 @@ def check_step(run: Run, step: compiler.jit) -> None:
 
     The error says what the step needs, what there is, and which batch size would fit.
     """
-    state = abstract_state(run)
+    state, batch = abstract_state(run), _abstract_batch(run)
     held = placement.bytes_per_device(state) + placement.bytes_per_device(state.params)
     free = _least(memory.available(run.mesh.local_devices))
-    if free is not None and held > free:  # a network that is not even to be compiled
-        raise ConfigError(_sentence(run, held, free, held))
+    _check_before_compiling(run, held, placement.bytes_per_device(batch), free)
     log.info("compiling the training step")
     try:
-        analysis = step.lower(state, _abstract_batch(run)).compile().memory_analysis()
+        analysis = step.lower(state, batch).compile().memory_analysis()
     except Exception as error:
         if not memory.is_shortage(error):
             raise
-        raise ConfigError(_sentence(run, math.inf, free, held)) from error
+        raise ConfigError(_sentence(run, None, free, held)) from error
     if analysis is None or free is None:
         return
     needed = (
@@ -53,6 +51,22 @@ def check_step(run: Run, step: compiler.jit) -> None:
     )
     if needed > free:
         raise ConfigError(_sentence(run, needed, free, held))
+
+
+def _check_before_compiling(run: Run, held: int, batch: int, free: int | None) -> None:
+    """Refuse what is too large by its parameters or its examples alone; sizes in bytes."""
+    if free is None:
+        return
+    if held + batch > free:
+        raise ConfigError(_sentence(run, None, free, held))
+    train = run.config.train
+    evaluated = batch / train.batch_size * train.eval_batch_size
+    if held + evaluated > free:
+        raise ConfigError(
+            f"train.eval_batch_size {train.eval_batch_size}: its inputs alone take "
+            f"{memory.in_words(evaluated)} of memory, there are {memory.in_words(free)}; take a "
+            "smaller one"
+        )
 
 
 def fitting_batch(batch_size: int, multiple: int, needed: float, held: float, free: float) -> int:
@@ -67,14 +81,16 @@ def fitting_batch(batch_size: int, multiple: int, needed: float, held: float, fr
     return int(batch_size * room / (needed - held)) // multiple * multiple
 
 
-def _sentence(run: Run, needed: float, free: int | None, held: int) -> str:
+def _sentence(run: Run, needed: int | None, free: int | None, held: int) -> str:
+    """Why the step does not fit and what would; sizes in bytes, None where they are not known."""
     train, devices = run.config.train, run.mesh.size
-    where = "" if devices == 1 else " on each device"
-    told = f"a step of train.batch_size {train.batch_size} needs "
-    told += memory.in_words(needed) if needed < math.inf else "more memory than there is"
-    told += f" of memory{where}" if needed < math.inf else where
-    if free is not None:
-        told += f", there are {memory.in_words(free)}"
+    there = "" if free is None else f"{memory.in_words(free)} of "
+    where = "" if devices == 1 else " of each device"
+    told = f"a step of train.batch_size {train.batch_size} "
+    if needed is None:
+        told += f"does not fit into the {there}memory{where}"
+    else:
+        told += f"needs {memory.in_words(needed)} and there are {there}memory{where}"
     if free is not None and held > (1 - _KEPT_FREE) * free:
         return (
             f"{told}; the parameters of {run.config.model.name}, their gradients and what "
@@ -82,7 +98,7 @@ def _sentence(run: Run, needed: float, free: int | None, held: int) -> str:
             f"are {memory.in_words(held)}, whatever the batch size"
         )
     fits = 0
-    if free is not None and needed < math.inf:
+    if free is not None and needed is not None:
         multiple = devices * train.accumulation
         fits = fitting_batch(train.batch_size, multiple, needed, held, free)
     smaller = f"train.batch_size {fits} would fit" if fits else "take a smaller train.batch_size"

@@ -88,6 +88,8 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _check_writable(workdir: str) -> None:
     """Raise ConfigError unless the directory `workdir`, or one above it to make it in, is there."""
+    if not workdir:
+        raise ConfigError("--workdir: give the folder of the run, got ''")
     if "://" in workdir:  # only writing tells
         return
     path = Path(workdir).absolute()

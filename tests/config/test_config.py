@@ -102,6 +102,7 @@ def test_a_saved_field_that_is_missing_takes_its_default():
         ("data.dir=/some/where=else", "/some/where=else"),
         ("objective.exit_weights=(1,2.5)", (1, 2.5)),
         ("objective.exit_weights=[1,2]", (1, 2)),
+        ("model.options.steps=[1,2]", (1, 2)),
         ("optimizer.milestones=30", (30,)),
         ("data.image_size=64", 64),
         ("data.image_size=(64,96)", (64, 96)),
@@ -178,12 +179,22 @@ def test_a_network_named_in_an_override_brings_its_own_options():
         ("base.set_network(c, 'vgg8')", "unknown network 'vgg8'; known"),
         ("base.set_network(c, 'msdnet_digits', depth=3)", "model.options.depth.*no such option"),
         ("base.set_gradients(c, 'sum')", "unknown gradient method 'sum'; known"),
+        ("c.train.steps = 1 / 0", r"own.py: ZeroDivisionError: division by zero \(line 6\)"),
+        ("c.train.steps = many", r"own.py: NameError: name 'many' is not defined \(line 6\)"),
+        ("c.train.steps = (", r"own.py: SyntaxError: .*line 6"),
+        ("import no_such_module", "own.py: ModuleNotFoundError: .*no_such_module"),
+        ("raise ValueError('x' * 9000)", "own.py: ValueError: x+…"),
+        ("get_config()", "own.py: RecursionError"),
+        ("return None", r"own.py: get_config must return .*default\(\).*; it returned None"),
+        ("c.seed = True", "config.seed = True must be a whole number"),
+        ("c.optimizer.milestones = ('a',)", r"milestones = \('a',\) must be a tuple of numbers"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file_or_the_field(written, statement, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config.load(written(statement))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def test_what_is_no_configuration_file_is_refused(tmp_path):

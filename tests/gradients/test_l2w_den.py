@@ -169,6 +169,10 @@ def test_refusals():
     [
         ({"epsilon": 1.0}, r"epsilon must lie in \[0, 1\), got 1.0"),
         ({"quota": 0.0}, "quota must be positive, got 0.0"),
+        (
+            {"quota": 1e101},
+            r"quota, to the power of 3 exits, must stay .*got 1e[+]101",
+        ),
         ({"virtual_rate": float("nan")}, "virtual_rate must be positive, got nan"),
         ({"hidden": 0}, "hidden must be positive, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),

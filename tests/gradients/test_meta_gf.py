@@ -174,6 +174,7 @@ def test_published_weights_of_the_other_losses():
     ("options", "message"),
     [
         ({"phase_steps": 0}, "phase_steps must be at least 1, got 0"),
+        ({"phase_steps": 2**29}, "phase_steps must be below 536870912 with 3 exits"),
         ({"auxiliary": -0.1}, "must not be negative"),
         ({"auxiliary_weights": (1.0,)}, "has 1 values, the network has 3 exits"),
         ({"learning_rate": float("nan")}, "learning_rate must be 0 or more"),

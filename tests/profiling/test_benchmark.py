@@ -179,6 +179,8 @@ def test_flops_are_those_of_the_step_on_real_data(results):
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
         (["--calls=-1"], "--calls must be at least 1, got -1"),
         (["--num_classes=0"], "--num_classes must be at least 1, got 0"),
+        (["--num_classes=9999999999"], r"--num_classes must be below 2\*\*31, got 9999999999"),
+        (["--batch_sizes", "9" * 20], "train.batch_size = 9+ must be between"),
         (["--overheads", "--pairs=0"], "--pairs must be at least 1, got 0"),
         (["--batch_sizes", "9", "--config.mesh.data=4"], "9 is not divisible by the 4 devices"),
         (["--config.surgery.beta=2"], r"beta must lie in \[0, 1\]"),

@@ -208,3 +208,27 @@ def test_bad_shards_are_refused(grid_file, tmp_path, shard, capsys):
     arguments = ["--config", str(grid_file), "--workdir", str(tmp_path / "w"), "--shard", shard]
     assert ablate.main(arguments) == 2
     assert "--shard must be K/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("grid_text", "message"),
+    [
+        ("Grid(base=BASE, axes=3)", "its axes a dictionary"),
+        ("Grid(base=BASE, axes={'seeds': 3})", "axis seeds must list values, got 3"),
+        ("Grid(base=BASE, axes={'seeds': ()})", "axis seeds has no values"),
+        ("Grid(base=BASE, axes={}, overrides='train.steps=3')", "overrides are a list of texts"),
+        ("Grid(bas=BASE, axes={})", r"TypeError: .*'bas' \(line 5\)"),
+        ("None", r"get_grid\(\) must return a Grid, it returned None"),
+        ("Grid(base=BASE, axes={'seeds': ['x']})", "config.seed: 'x' is not a value of type int"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_told_in_a_sentence(grid_text, message, tmp_path, request, capsys):
+    base = request.config.rootpath / "configs" / "digits.py"
+    file = tmp_path / "grid.py"
+    file.write_text(
+        f"from dfs_jax.ablate import Grid\n\nBASE = {str(base)!r}\n"
+        f"def get_grid():\n    return {grid_text}\n"
+    )
+    assert ablate.main(["--config", str(file), "--workdir", str(tmp_path / "runs")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()

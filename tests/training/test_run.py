@@ -1,5 +1,7 @@
 """A configuration made into a run, or refused; nothing is compiled for either."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -76,6 +78,21 @@ def test_length_of_a_run(length, steps):
         (["data.name=digit"], "data.name: there is no data set 'digit'; .*digits"),
         (["data.seed=-1"], "data.seed = -1 must be between 0"),
         (["data.crop_padding=-1"], "crop_padding"),
+        (["train.epochs=1e30", "train.steps=0"], r"train.epochs = 1e\+30 are .* steps; there can"),
+        (["gradients.name=l2w_den", "train.batch_size=1"], "l2w_den needs 2 examples at a time"),
+        (["mesh.fsdp=16", "mesh.data=1"], "mesh.fsdp = 16 does not divide the 8"),
+        (["model.options.widths=()"], r"model.options.widths must name at least one layer"),
+        (["model.options.widths=((6,),())"], r"model.options.widths must name at least one layer"),
+        (["model.options.widths=((0,),)"], r"model.options.widths must be 1 to 65,536"),
+        (["model.options.widths=((8,)*300,)"], "not a value of type tuple"),
+        (["model.name=vit_tiny_patch16", "model.options.depth=9999"], "makes 9999 layers; .* 250"),
+        (
+            ["model.name=msdnet_digits", "model.options.reduction=0"],
+            r"reduction must lie in \(0",
+        ),
+        (["model.name=msdnet_digits", "model.options.reduction=0.01"], "0.01 leaves none of 80 ch"),
+        (["train.freeze=('(',)"], r"train.freeze: '\(' is no regular expression"),
+        (["train.freeze=('a{99999999999999999999}',)"], "train.freeze: .* no regular expression"),
         (["model.name=vit_tiny_patch16"], "at least 16x16 pixels.*8, 8.*data.image_size"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
@@ -85,6 +102,38 @@ def test_what_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         prepare(tiny_run.config(*changes, network=network))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (["optimizer.warmup_epochs=3"], "warmup_epochs = 3 is longer than the run of 2.13 epochs"),
+        (["objective.exit_weights=(0,0)"], "exit_weights are all 0: no exit is trained"),
+        (["train.freeze=('.*',)"], r"train.freeze = \('\.\*',\) keeps every parameter: nothing"),
+        (["train.freeze=('s_0','s_1')"], "keeps every parameter: nothing is trained"),
+        (["optimizer.learning_rate=0"], "learning_rate is 0: no parameter will move"),
+        (
+            ["optimizer.schedule=multistep", "optimizer.milestones=(3,4)"],
+            r"milestones = \(3, 4\) lie beyond the run of 2.13 epochs",
+        ),
+        (["train.profile_steps=(13,14)"], "profile_steps = .* lie beyond the run of 12 steps"),
+    ],
+)
+def test_what_a_run_will_not_do_is_told(changes, warning, tmp_path, caplog):
+    prepare(tiny_run.config(*changes), str(tmp_path / "run"))
+    assert re.search(warning, caplog.text)
+
+
+def test_nothing_is_told_of_a_run_that_does_what_it_says(tmp_path, caplog):
+    changes = (
+        "optimizer.warmup_epochs=2",
+        "optimizer.schedule=multistep",
+        "optimizer.milestones=(2,100)",
+        "objective.exit_weights=(0,1)",
+        "train.profile_steps=(1,100)",
+    )
+    prepare(tiny_run.config(*changes), str(tmp_path / "run"))
+    assert not caplog.text
 
 
 def test_values_are_checked_before_data_are_prepared(monkeypatch):

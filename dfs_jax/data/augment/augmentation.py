@@ -42,6 +42,11 @@ class Augmentation:
             raise ConfigError(
                 f"data.crop_padding {c.crop_padding} is negative; 0 turns cropping off"
             )
+        if c.crop_padding > side:
+            raise ConfigError(
+                f"data.crop_padding {c.crop_padding} moves images of {height}x{width} pixels out "
+                f"of sight; give 0 (off) to {side}"
+            )
         if not 0 <= c.crop_fill <= 255:
             raise ConfigError(f"data.crop_fill {c.crop_fill} is not a grey level between 0 and 255")
         if not 0 <= c.cutout <= side:

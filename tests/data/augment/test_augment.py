@@ -108,6 +108,7 @@ def test_normalise():
     ("field", "value"),
     [
         ("crop_padding", -1),
+        ("crop_padding", 7),
         ("crop_fill", -1),
         ("crop_fill", 256),
         ("cutout", -1),
