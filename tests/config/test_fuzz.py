@@ -10,6 +10,7 @@ import resource
 import tempfile
 import time
 
+import jax
 import ml_collections
 import pytest
 import tiny_run
@@ -154,6 +155,15 @@ drawn = settings(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_programs():
+    """Programs that run for two steps are compiled in half of the time."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
@@ -167,7 +177,7 @@ def test_every_draw_is_prepared_or_refused_in_a_sentence(place, changes):
 
 
 @pytest.mark.slow
-@settings(drawn, max_examples=DRAWS // 25)
+@settings(drawn, max_examples=DRAWS // 50)
 @given(overrides(networks=False))
 def test_what_can_be_prepared_trains_or_ends_in_a_sentence(place, changes):
     train(changes, tempfile.mkdtemp(dir=place))
