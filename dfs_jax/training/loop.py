@@ -22,7 +22,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import EvalSource
 from dfs_jax.distributed import placement, processes
 from dfs_jax.models.cost import exit_costs
-from dfs_jax.training import checkpoint, memory, metrics, progress
+from dfs_jax.training import checkpoint, footprint, metrics, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.run import Run, prepare
@@ -147,7 +147,7 @@ def _fitting_step(run: Run, workdir: str) -> Callable | None:
     if reached == run.total_steps:
         return None
     train_step = make_train_step(run)
-    memory.check_step(run, train_step)
+    footprint.check_step(run, train_step)
     return train_step
 
 

@@ -8,8 +8,8 @@ import tiny_run
 from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import main
-from dfs_jax.ops import memory as ops_memory
-from dfs_jax.training import loop, memory
+from dfs_jax.ops import memory
+from dfs_jax.training import footprint, loop
 from dfs_jax.training.run import prepare
 from dfs_jax.training.step import make_train_step
 
@@ -23,7 +23,7 @@ MESSAGE = (
 @pytest.fixture
 def there_are(monkeypatch):
     """Sets the bytes that there seem to be on each device."""
-    return lambda count: monkeypatch.setattr(ops_memory, "available", lambda devices: count)
+    return lambda count: monkeypatch.setattr(memory, "available", lambda devices: count)
 
 
 def refused(arguments, capsys):
@@ -49,7 +49,7 @@ def test_a_step_that_does_not_fit_is_refused_with_a_batch_size_that_does(
     # And so it is, for both ways out.
     for change in (f"train.batch_size={fits}", f"train.accumulation={told[4]}"):
         run = prepare(tiny_run.config(change))
-        memory.check_step(run, make_train_step(run))
+        footprint.check_step(run, make_train_step(run))
 
 
 def test_the_whole_mesh_divides_the_batch_size_that_fits(there_are, tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_what_the_compiler_refuses_is_told_alike(there_are, monkeypatch, tmp_pat
 def test_where_memory_is_not_known_nothing_is_refused(there_are):
     there_are(None)
     run = prepare(tiny_run.config())
-    memory.check_step(run, make_train_step(run))
+    footprint.check_step(run, make_train_step(run))
 
 
 def test_the_checked_program_is_the_one_that_runs(tmp_path):
@@ -103,7 +103,7 @@ def test_the_checked_program_is_the_one_that_runs(tmp_path):
         return len(compiled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "check_step", lambda run, step: None)
+        patch.setattr(footprint, "check_step", lambda run, step: None)
         unchecked = compiled_by_a_run(tmp_path / "unchecked")
     assert compiled_by_a_run(tmp_path / "checked") == unchecked
 
@@ -134,4 +134,4 @@ def test_memory_that_runs_out_later_ends_the_run_in_a_sentence(
     ],
 )
 def test_the_batch_size_that_fits(needed, held, free, fits):
-    assert memory.fitting_batch(64, 8, needed, held, free) == fits
+    assert footprint.fitting_batch(64, 8, needed, held, free) == fits
