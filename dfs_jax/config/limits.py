@@ -88,8 +88,10 @@ def check(config: ml_collections.ConfigDict, section: str = "") -> None:
     """
     given, standard = _fields(config), default()
     for path, choose in (("model.name", set_network), ("gradients.name", set_gradients)):
-        name = given.get(path, (None,))[0]
-        if isinstance(name, str):  # the check below refuses anything else
+        if path in given:
+            name = given[path][0]
+            if not isinstance(name, str):
+                raise ConfigError(f"config.{path} = {shown(name)} must be a text")
             choose(standard, name)
     known = _fields(standard)
     for path in sorted(given.keys() - known.keys()):

@@ -1,6 +1,6 @@
 """How much memory there is: of a device, or of the machine where the CPU is the device.
 
-What a program needs is read from the program; see `training/memory.py`.
+What a program needs is read from the program; see `training/footprint.py`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -22,7 +22,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import DataError, EvalSource
 from dfs_jax.distributed import placement, processes
 from dfs_jax.models.cost import exit_costs
-from dfs_jax.training import checkpoint, lock, memory, metrics, progress
+from dfs_jax.training import checkpoint, footprint, lock, metrics, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.progress import TrainingError
@@ -57,7 +57,7 @@ def _train(run: Run, workdir: str) -> dict[str, float]:
     """The rest of the run in its workdir; the final metrics."""
     weights, train_step = given_weights(run, workdir), make_train_step(run)
     if _reached(run, workdir) < run.total_steps:
-        memory.check_step(run, train_step)
+        footprint.check_step(run, train_step)
     directory = workdirs.create(run.config, workdir, run.data.record)
     say(placement.describe(run.mesh))
 
