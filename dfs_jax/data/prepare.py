@@ -57,11 +57,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
         else:
             archives.check_available(builder, data_dir, by_hand)
         builders.hide_accelerators()
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                manual_dir=by_hand if os.path.isdir(by_hand) else None, try_download_gcs=False
+        manual = by_hand if os.path.isdir(by_hand) else None
+        with builders.preparing(builder):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual, try_download_gcs=False
+                )
             )
-        )
     sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in builder.info.splits.items())
     print(f"{builder.info.full_name} is prepared in {builder.data_path}: {sizes}")
 

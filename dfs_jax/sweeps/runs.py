@@ -1,21 +1,24 @@
 """The runs of a grid, one after another, and the report on all that are finished.
 
 A finished run is skipped, an unfinished one goes on where it stopped, a failed one is listed and
-the rest go on. Which runs a grid has is in `grid.py`, what is written in `report.py`.
+the rest go on; numbers of a configuration that the grid no longer has are refused. Which runs a
+grid has is in `grid.py`, what is written in `report.py`.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import ml_collections
 from etils import epath
 
-from dfs_jax.config import command
+from dfs_jax.config import ConfigError, command
 from dfs_jax.evaluation import conflict
 from dfs_jax.sweeps import report
 from dfs_jax.sweeps.grid import Cell, Grid
 from dfs_jax.training import loop, metrics
+from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.save_policy import Preempted
 from dfs_jax.writing.files import write_whole
 
@@ -36,12 +39,12 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
     began, trained = time.monotonic(), 0
     for number, cell in enumerate(mine, 1):
         place = places[cell.name]
-        if scores(place) is not None:
-            log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
-            continue
-        log.info("[%d/%d] %s", number, len(mine), cell.name)
         since = time.monotonic()
         try:
+            if finished(cell, place) is not None:
+                log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
+                continue
+            log.info("[%d/%d] %s", number, len(mine), cell.name)
             command.configure_jax(cell.config)
             loop.train_and_evaluate(cell.config, str(place))
         except Preempted:  # the machine is wanted back: the grid ends, and goes on from here
@@ -56,12 +59,7 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
             left = (time.monotonic() - began) / number * (len(mine) - number)
             log.info("%s took %.0f s; about %.0f min to go", cell.name, seconds, left / 60)
         jax.clear_caches()  # the next run compiles programs of its own
-    rows = []
-    for cell in runs:
-        place = places[cell.name]
-        if (result := scores(place)) is not None:
-            history = conflict.of_workdir(place)
-            rows.append(report.Row(cell.labels, result, _seconds(place), history))
+    rows = _rows(runs, places, failed)
     if rows:
         report.write(directory, rows, grid.baseline)
         print(report.markdown(rows, grid.baseline), flush=True)
@@ -69,6 +67,40 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         print(f"failed: {name}: {reason}", flush=True)
     print(f"{len(rows)} of {len(runs)} runs are finished; report in {directory}", flush=True)
     return not failed
+
+
+def _rows(
+    runs: Sequence[Cell], places: Mapping[str, epath.Path], failed: dict[str, str]
+) -> list[report.Row]:
+    """What is finished, other shards' included; what cannot be counted is entered in `failed`."""
+    rows = []
+    for cell in runs:
+        place = places[cell.name]
+        try:
+            result = finished(cell, place)
+        except ConfigError as error:
+            failed.setdefault(cell.name, f"{type(error).__name__}: {error}")
+            continue
+        if result is not None:
+            history = conflict.of_workdir(place)
+            rows.append(report.Row(cell.labels, result, _seconds(place), history))
+    return rows
+
+
+def finished(cell: Cell, place: epath.Path) -> dict[str, float] | None:
+    """The test metrics of the run in `place`, or None if it has not come to the end of `cell`.
+
+    Raises ConfigError, which names what differs, if it is a run of another configuration.
+    """
+    workdirs.check(cell.config, str(place))
+    before = workdirs.load(str(place))
+    if before is not None and _length(before) != _length(cell.config):
+        return None
+    return scores(place)
+
+
+def _length(config: ml_collections.ConfigDict) -> tuple[float, int]:
+    return config.train.epochs, config.train.steps
 
 
 def scores(place: epath.Path) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from etils import epath
 from dfs_jax import ablate
 from dfs_jax.sweeps import grid, report, runs
 from dfs_jax.sweeps.report import Row
-from dfs_jax.training import loop
+from dfs_jax.training import loop, workdir
 from dfs_jax.training.save_policy import Preempted
 
 GRID = """
@@ -46,14 +46,13 @@ class Trainer:
     def __init__(self, stop_after=math.inf, fails=lambda config: False):
         self.runs, self.stop_after, self.fails = [], stop_after, fails
 
-    def __call__(self, config, workdir):
+    def __call__(self, config, path):
         if len(self.runs) >= self.stop_after:
             raise KeyboardInterrupt
         if self.fails(config):
             raise loop.ConfigError("this one cannot be")
-        self.runs.append(workdir)
-        place = epath.Path(workdir)
-        place.mkdir(parents=True)
+        self.runs.append(path)
+        place = workdir.create(config, path)
         rng = np.random.default_rng([config.seed, config.train.batch_size])
         top1 = 0.5 + rng.random(3) / 10 + 0.1 * config.surgery.partition
         scores = {"step": 7, "test/ensemble/top1": top1[2], "test/exit1/loss": 1.0}
@@ -106,6 +105,34 @@ def test_a_grid_that_was_stopped_ends_with_the_same_bytes(grid_file, tmp_path, t
     assert len(again.runs) == len(cells) - 5, "finished runs are not trained again"
     whole, stopped = (tmp_path / d / "results.csv" for d in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
+
+
+def test_numbers_of_another_configuration_are_not_the_grids(grid_file, tmp_path, trainer, capsys):
+    work = tmp_path / "work"
+    trainer()
+    assert ablate.main(["--config", str(grid_file), "--workdir", str(work)]) == 0
+    grid_file.write_text(grid_file.read_text().replace("beta=0.25", "beta=0.75"))
+    again = trainer(fails=lambda config: config.surgery.partition)
+    argv = ["--config", str(grid_file), "--workdir", str(work), "--shard", "2/2"]
+    assert ablate.main(argv) == 1
+    assert not again.runs
+    printed = capsys.readouterr().out
+    assert printed.count("holds another experiment; surgery.beta: 0.25") == 6
+    assert "6 of 12 runs are finished" in printed
+    with open(work / "results.csv") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == {"joint"}
+
+
+def test_a_longer_grid_goes_on(grid_file, tmp_path, trainer):
+    text = grid_file.read_text().replace("epochs=1.0", 'epochs=1.0", "optimizer.schedule=constant')
+    grid_file.write_text(text)
+    trainer()
+    argv = ["--config", str(grid_file), "--workdir", str(tmp_path / "work")]
+    assert ablate.main(argv) == 0
+    grid_file.write_text(text.replace("epochs=1.0", "epochs=2.0"))
+    again = trainer()
+    assert ablate.main(argv) == 0
+    assert len(again.runs) == 12
 
 
 def test_a_grid_that_is_told_to_end_ends(grid_file, tmp_path, monkeypatch, capsys):
@@ -205,7 +232,7 @@ def test_bad_grids_are_refused(grid_file, tmp_path, change, message, capsys):
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b"])
 def test_bad_shards_are_refused(grid_file, tmp_path, shard, capsys):
-    arguments = ["--config", str(grid_file), "--workdir", str(tmp_path / "w"), "--shard", shard]
+    arguments = ["--config", str(grid_file), "--workdir", str(tmp_path / "w"), "--shard", "2/2"]
     assert ablate.main(arguments) == 2
     assert "--shard must be K/N" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ accelerators. What is in a data set is its builder's matter, whether its archive
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import ml_collections
@@ -53,15 +53,33 @@ def open_or_prepare(
     # TFDS writes to a directory of its own and renames that at the end. So an interruption
     # leaves nothing that is taken for finished data, and of several processes one wins.
     try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
+        with preparing(builder):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
     except Exception:  # a failed rename has another class on every file system
         if not builder.data_path.exists():
             raise
     # The loser's builder describes files that it has removed again.
     with _blames(builder.data_dir):
         return make()
+
+
+@contextlib.contextmanager
+def preparing(builder: "tfds.core.DatasetBuilder") -> Iterator[None]:
+    """Raises DataError for a disk that TFDS reports to be full while `builder` prepares its data.
+
+    TFDS removes what it has begun; after a kill it stands beside, its name starting "incomplete".
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "No space left" not in str(error):
+            raise
+        raise DataError(
+            f"{builder.info.full_name} cannot be prepared in {builder.data_dir}: no space left on "
+            "device; nothing of it is kept"
+        ) from error
 
 
 def read_splits(builder: "tfds.core.DatasetBuilder", sizes: Mapping[str, int]) -> dict[str, Arrays]:

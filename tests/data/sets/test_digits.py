@@ -178,6 +178,21 @@ def test_an_interrupted_preparation_is_done_again(conf, tmp_path, monkeypatch):
     assert data.create(conf).train.size == 1197
 
 
+def test_a_full_disk_is_named_and_nothing_stays(conf, tmp_path, monkeypatch):
+    conf.data.dir = str(tmp_path)
+
+    def full(self, chosen):
+        raise RuntimeError("ResourceExhaustedError: digits-train: No space left on device")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digits.Digits, "_generate_examples", full)
+        with pytest.raises(pipeline.DataError, match=f"in {tmp_path}/digits/1.0.0: no space left"):
+            data.create(conf)
+    assert not list((tmp_path / "digits").iterdir())
+    assert data.create(conf).train.size == 1197
+
+
 def test_preparation_by_two_at_once(conf, tmp_path, monkeypatch):
     conf.data.dir = str(tmp_path)
     generate = digits.Digits._generate_examples
