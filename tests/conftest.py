@@ -6,6 +6,7 @@ naming every layer in them would cost more than it saves.
 
 import gc
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -16,3 +17,8 @@ os.environ["FLAX_PROFILE"] = "false"
 
 # Tracing makes millions of small objects that live on, which a young collector walks in vain.
 gc.set_threshold(100_000, 20, 100)
+
+# Under nohup, or in the background of a script, they are ignored, and commands keep it so.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)

@@ -220,8 +220,9 @@ def _parse(text: str, kind: type) -> Any:
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(text) from None
     if kind is object:  # a number, or one for each side
-        value = _tuples(value) if isinstance(value, list | tuple) else value
-        kind = tuple if isinstance(value, tuple) else int
+        kind = tuple if isinstance(value, list | tuple) else int
+        if value is None:
+            raise ValueError(text)
     if kind is tuple:
         value = _tuples(value)
         return value if isinstance(value, tuple) else (value,)

@@ -105,7 +105,8 @@ def _sentence(run: Run, needed: int | None, free: int | None, held: int) -> str:
     ways = []
     if (parts := _accumulation(run, fits)) is not None:
         ways.append(f"train.accumulation {parts}")
-    if not train.rematerialise:
+    on_cpu = run.mesh.devices.flat[0].platform == "cpu"  # whose compiler undoes it
+    if not train.rematerialise and not on_cpu:
         ways.append("train.rematerialise")
     also = f"; {' or '.join(ways)} keeps the batch size and needs less" if ways else ""
     return f"{told}; {smaller}{also}"
