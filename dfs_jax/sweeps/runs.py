@@ -30,7 +30,7 @@ _SECONDS = "seconds.txt"  # of a run: how long the process that finished it took
 def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] = (1, 1)) -> bool:
     """Train the runs of `shard` (k of n, from 1) and report on all that are finished.
 
-    Returns whether every run of the shard succeeded.
+    Returns whether every run of the shard succeeded, and nothing finished is of another grid.
     """
     directory = epath.Path(workdir)
     places = {cell.name: directory / "runs" / cell.name for cell in runs}
