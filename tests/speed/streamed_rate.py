@@ -1,6 +1,6 @@
 """Images per second of streamed data against one plain tf.data `map` of the same operations.
 
-    python -m tests.speed.streamed_rate [--pairs 7] [--batches 6]
+    python -m tests.speed.streamed_rate [--pairs 9] [--batches 10]
 
 JPEGs of 500×375, random crops of 224, batches of 64: folders, and records as TFDS prepares
 ImageNet, with and without antialias. Ours is `StreamedTrain.examples`: in its order, checked and
@@ -13,7 +13,6 @@ import argparse
 import io
 import itertools
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from dfs_jax import config, data
 from dfs_jax.data.input import streamed
 from dfs_jax.data.input.records import Files, TFRecords, parse_example
 
+AHEAD = 5  # batches that either side may have made before they are asked for
 IMAGES, CLASSES, BATCH, SIDE, SHARDS = 512, 4, 64, 224, 8
 REPEATED = 4  # times that the records hold the images, for epochs are long
 
@@ -152,41 +152,56 @@ def prepared(root: Path, images: list[bytes], antialias: bool) -> tuple[Iterator
     )
 
 
-def seconds(batches: Iterator, count: int) -> float:
-    began = time.perf_counter()
-    for _ in itertools.islice(batches, count):
-        pass
-    return time.perf_counter() - began
+def rest() -> float:
+    """Waits until all have read ahead as far as they do; the seconds of all cores used so far."""
+    used = time.process_time()
+    while True:
+        time.sleep(0.1)
+        before, used = used, time.process_time()
+        if used - before < 0.005:
+            return used
+
+
+def measured(batches: Iterator, count: int) -> tuple[float, float]:
+    """Seconds per image, and seconds of a core per image, of `count` batches."""
+    used = rest()
+    next(itertools.islice(batches, AHEAD - 1, None))  # those that had been made ahead
+    start = time.perf_counter()
+    next(itertools.islice(batches, count - 1, None))
+    seconds = (time.perf_counter() - start) / count
+    return seconds / BATCH, (rest() - used) / (AHEAD + count) / BATCH
+
+
+def compare(ours: Iterator, plain: Iterator, pairs: int, count: int) -> str:
+    """Rates and ratios of interleaved measurements of `count` batches."""
+    sides = {"ours": ours, "plain": plain}
+    took = np.zeros((pairs + 1, 2, 2))  # the first pair warms up
+    for pair in range(pairs + 1):
+        for side in (0, 1) if pair % 2 else (1, 0):
+            took[pair, side] = measured(list(sides.values())[side], count)
+    ratios = took[1:, 1] / took[1:, 0]
+    rates = 1 / np.median(took[1:, :, 0], axis=0)
+    low, ratio, high = np.quantile(ratios[:, 0], (0.25, 0.5, 0.75))
+    cores = np.median(took[1:, :, 1], axis=0) * 1e6
+    return (
+        f"ours {rates[0]:,.0f}, plain {rates[1]:,.0f} images/s; ratio {ratio:.3f}, quartiles "
+        f"{low:.3f} and {high:.3f}; {cores[0]:,.0f} and {cores[1]:,.0f} µs of a core per image, "
+        f"ratio {np.median(ratios[:, 1]):.3f}"
+    )
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=6, help="of one measurement")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=10, help="of one measurement")
     arguments = parser.parse_args(argv)
     images = [jpeg(i) for i in range(IMAGES)]
     with tempfile.TemporaryDirectory() as root:
         for name, make in (("folder", folders), ("prepared", prepared)):
             for antialias in (False, True):
-                ours_plain = make(Path(root), images, antialias)
-                for batches in ours_plain:
-                    seconds(batches, 4)
-                pairs = []
-                for pair in range(arguments.pairs):
-                    order = (0, 1) if pair % 2 else (1, 0)
-                    took = {side: seconds(ours_plain[side], arguments.batches) for side in order}
-                    pairs.append((took[0], took[1]))
-                rates = [
-                    arguments.batches * BATCH / statistics.median(side)
-                    for side in zip(*pairs, strict=True)
-                ]
-                ratios = sorted(plain / ours for ours, plain in pairs)
-                print(
-                    f"{name}, antialias {antialias}: ours {rates[0]:,.0f}, plain {rates[1]:,.0f} "
-                    f"images/s; ratio {statistics.median(ratios):.3f} "
-                    f"({ratios[0]:.3f} to {ratios[-1]:.3f})",
-                    flush=True,
-                )
+                sides = make(Path(root), images, antialias)
+                result = compare(*sides, arguments.pairs, arguments.batches)
+                print(f"{name}, antialias {antialias}: {result}", flush=True)
     return 0
 
 
