@@ -178,7 +178,9 @@ def test_what_cannot_be_served(conf, numbered):
     with pytest.raises(ConfigError, match=r"data\.image_size -1"):
         create(conf, numbered(5))
     conf.data.image_size = 10**6
-    with pytest.raises(ConfigError, match=r"image_size \(1000000, 1000000\): 5 images take .* there are .*B$"):
+    with pytest.raises(
+        ConfigError, match=r"image_size \(1000000, 1000000\): 5 images take .* there are .*B$"
+    ):
         create(conf, numbered(5))
     conf.data.image_size = 3
     conf.data.cutout = 4

@@ -110,6 +110,8 @@ def test_the_fast_path_takes_plain_jpegs_alone():
     at_a_glance |= {"wide.jpg"}
     assert plain >= upright | at_a_glance | {"stored_as_rgb.jpg"}
     for name, (content, wanted) in TABLE.items():
+        if not content:
+            continue  # fails there, and is made again by Pillow
         sure = bool(decode._surely_plain_jpeg(tf.constant(content)))
         assert sure == (name in at_a_glance) or name in ("huge.jpg", "comment.jpg"), name
         if name in plain:
@@ -121,19 +123,21 @@ def test_the_fast_path_takes_plain_jpegs_alone():
 
 
 def test_crops_are_windows_of_the_whole_picture():
-    """But for the colours of their first and last column, which subsampling blurs."""
     import tensorflow as tf
 
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((80, 60))
     decoder = decode.Decoder(None, (10, 10, 3), 1, 0.1, True)
-    window = tf.constant([13, 21, 33, 37])
+    windows = [(13, 21, 33, 37), (0, 0, 60, 80), (1, 16, 20, 32), (16, 15, 32, 1), (59, 79, 1, 1)]
     for options in ({}, {"subsampling": 2}, {"quality": 100}, {"progressive": True}):
         content = odd_files.saved(image, "JPEG", **options)
-        whole = pictures.decode(content, 3)[13:46, 21:58]
-        found, wrong = decoder._decoded(tf.constant(content), lambda shape: window)
-        assert wrong.numpy() == b""
-        assert difference(found.numpy()[:, 1:-1], whole[:, 1:-1]) <= 3
+        whole = pictures.decode(content, 3)
+        for top, left, height, width in windows:
+            window = tf.constant([top, left, height, width])
+            found, wrong = decoder._decoded(tf.constant(content), lambda shape, w=window: w)
+            assert wrong.numpy() == b""
+            wanted = whole[top : top + height, left : left + width]
+            assert difference(found.numpy(), wanted) <= 3
 
 
 def test_other_numbers_of_channels():
