@@ -33,12 +33,14 @@ _PATIENCE_SECONDS = 20.0  # without a touch, after which the run on another mach
 def held(workdir: str) -> Iterator[None]:
     """Holds the lock of `workdir`, which is created if need be.
 
-    Process 0 holds it for all. Raises ConfigError, in every process, if another run has it.
+    Process 0 holds it for all. Raises ConfigError, in every process, if another run has it. Of a
+    new workdir nothing stays if the run is then refused.
     """
-    refused = None
+    refused, place = None, epath.Path(workdir)
+    new = jax.process_index() == 0 and not place.exists()
     with contextlib.ExitStack() as stack:
         try:
-            epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0 and "://" not in workdir:
                 stack.enter_context(_locked(Path(workdir) / "lock"))
         except BlockingIOError as error:
@@ -47,7 +49,14 @@ def held(workdir: str) -> Iterator[None]:
             refused = ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}")
         if processes.agreed(refused is not None):
             raise refused or ConfigError(f"--workdir: {workdir} is in use by another run")
-        yield
+        try:
+            yield
+        except ConfigError:
+            if new:
+                with contextlib.suppress(OSError):  # there is more than the lock by now
+                    (place / "lock").unlink(missing_ok=True)
+                    place.rmdir()
+            raise
 
 
 @contextlib.contextmanager

@@ -55,8 +55,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
 def _train(run: Run, workdir: str) -> dict[str, float]:
     """The rest of the run in its workdir; the final metrics."""
-    weights, train_step = given_weights(run, workdir), make_train_step(run)
+    weights, train_step = given_weights(run, workdir), None
     if _reached(run, workdir) < run.total_steps:
+        train_step = make_train_step(run)
         footprint.check_step(run, train_step)
     directory = workdirs.create(run.config, workdir, run.data.record)
     say(placement.describe(run.mesh))

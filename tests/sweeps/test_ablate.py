@@ -241,7 +241,7 @@ def test_bad_shards_are_refused(grid_file, tmp_path, shard, capsys):
     ("grid_text", "message"),
     [
         ("Grid(base=BASE, axes=3)", "its axes a dictionary"),
-        ("Grid(base=BASE, axes={'seeds': 3})", "axis seeds must list values, got 3"),
+        ("Grid(base=BASE, axes={'seeds': 3})", "axis seeds is a list of values, got 3"),
         ("Grid(base=BASE, axes={'seeds': ()})", "axis seeds has no values"),
         ("Grid(base=BASE, axes={}, overrides='train.steps=3')", "overrides are a list of texts"),
         ("Grid(bas=BASE, axes={})", r"TypeError: .*'bas' \(line 5\)"),

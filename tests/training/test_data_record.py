@@ -1,6 +1,7 @@
 """A run meets its own data again, or is refused: what it notes, and who compares it."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -107,7 +108,7 @@ def test_the_place_of_the_data_is_saved_in_full(tmp_path, monkeypatch):
         config = tiny_run.config(f"data.dir={typed}")
         workdirs.create(config, "run")
         assert workdirs.saved_config("run").data.dir == saved
-        assert config.data.dir == typed
+        assert config.data.dir == os.path.expanduser(typed)
     assert workdirs.saved_config("run", "images").data.dir == f"{tmp_path}/images"
 
 
@@ -248,7 +249,7 @@ def test_hosts_with_other_files_are_refused(own, monkeypatch):
 def test_data_in_memory_are_recorded_by_their_sizes(tmp_path):
     run = prepare(tiny_run.config())
     directory = workdirs.create(run.config, str(tmp_path / "run"), run.data.record)
-    (directory / "checkpoints" / "1").mkdir(parents=True)
+    (directory / "checkpoints" / "1" / "state").mkdir(parents=True)
     config = tiny_run.config()
     assert prepare(config, str(directory)).data.record == run.data.record
     noted = json.loads((tmp_path / "run" / "data.json").read_text())
