@@ -51,7 +51,7 @@ def test_every_command_refuses_them(broken, tmp_path, capfd):
             f"error: --workdir: the checkpoint of step 1 in {broken} has NaN or infinity in "
             f"{KERNEL}: such weights answer nothing"
         )
-    assert _files(broken) == before
+    assert before.items() <= _files(broken).items()  # training has noted its data
     assert not list(tmp_path.iterdir())
 
 
