@@ -10,7 +10,6 @@ import resource
 import tempfile
 import time
 
-import jax
 import ml_collections
 import pytest
 import tiny_run
@@ -156,15 +155,6 @@ drawn = settings(
     suppress_health_check=list(HealthCheck),
     max_examples=DRAWS,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_programs():
-    """Programs that run for two steps are compiled in half of the time."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
