@@ -18,6 +18,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="dfs_jax_home_")
 KEPT = Path(_HOME.name) / ".cache" / "dfs_jax"
 
 MSDNET = ("model.options.steps=(1,1)", "model.options.initial=8", "model.options.growth=8")
+SMALL = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,))")  # compiled in seconds
 VGG = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,),(8,))")
 
 SETTINGS = (
@@ -34,7 +35,7 @@ SETTINGS = (
 )
 
 
-def arguments(workdir, *own, network=MSDNET):
+def arguments(workdir, *own, network=SMALL):
     """Arguments of the training command; `own` settings come last and win."""
     settings = [f"--config.{item}" for item in (*network, *SETTINGS, *own)]
     return ["--config", str(ROOT / "configs" / "digits.py"), "--workdir", str(workdir), *settings]
