@@ -175,7 +175,7 @@ def create_method(
 
 def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
     train = config.train
-    if (train.epochs > 0) == (train.steps > 0):
+    if (train.epochs > 0) == (train.steps > 0) or min(train.epochs, train.steps) < 0:
         raise ConfigError(
             "set exactly one of train.epochs and train.steps to a positive number, "
             f"got {train.epochs} and {train.steps}; the other one is 0"

@@ -59,6 +59,7 @@ def test_length_of_a_run(length, steps):
         (["train.epochs=1"], "exactly one of train.epochs and train.steps.* 1.0 and 12"),
         (["train.steps=0"], "exactly one of train.epochs and train.steps.* 0.0 and 0"),
         (["train.steps=-1"], "exactly one of train.epochs and train.steps"),
+        (["train.steps=-1", "train.epochs=2"], "exactly one of train.epochs and train.steps"),
         (["train.log_every=0"], "train.log_every = 0 must be 1 or more"),
         (["train.eval_every=-1"], "train.eval_every = -1 must be 0 or more"),
         (["train.best_metric=eval/exit3/top1"], "train.best_metric .*eval/exit2/top1.*exit3"),
