@@ -322,7 +322,10 @@ class TestNashMTL:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"max_norm": 0.0}, "max_norm must be positive"), ({"iterations": 0}, "at least 1")],
+        [
+            ({"max_norm": 0.0}, "max_norm must be positive"),
+            ({"iterations": 0}, "must be 1 to 10,000"),
+        ],
     )
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
