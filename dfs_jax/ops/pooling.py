@@ -57,14 +57,17 @@ def _tiled_maximum(window: int):
     def on_cpu(x):
         return functools.reduce(jnp.maximum, tiles(x))
 
-    def spread(x, y, g):
-        """g at the first place of its tile where x is y, zeros elsewhere."""
-        places = window * window
-        first = jnp.full(y.shape, places - 1, jnp.uint8)
-        for k, tile in reversed(list(enumerate(tiles(x)))[:-1]):
-            first = jnp.where(tile == y, jnp.uint8(k), first)
-        batch, rows, columns, channels = y.shape
-        k = jnp.arange(places, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
+    def spread(x, g):
+        """g at the first place of its tile where x is largest, zeros elsewhere."""
+        # Places are not compared with the maximum that was kept: the compiler may compute x again,
+        # and round it otherwise.
+        largest, *others = tiles(x)
+        first = jnp.zeros(largest.shape, jnp.uint8)
+        for k, tile in enumerate(others, 1):
+            first = jnp.where(tile > largest, jnp.uint8(k), first)
+            largest = jnp.maximum(largest, tile)
+        batch, rows, columns, channels = g.shape
+        k = jnp.arange(window * window, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
         here = first[:, :, None, :, None] == k
         dx = jnp.where(here, g[:, :, None, :, None], 0)
         dx = dx.reshape(batch, rows * window, columns * window, channels)
@@ -76,15 +79,14 @@ def _tiled_maximum(window: int):
         return lax.platform_dependent(x, cpu=on_cpu, default=library)
 
     def forward(x):
-        y = pool(x)
-        return y, (x, y)
+        return pool(x), x
 
-    def backward(kept, g):
-        def default(x, y, g):
+    def backward(x, g):
+        def default(x, g):
             return jax.vjp(library, x)[1](g)[0]
 
-        x, y = jax.tree.map(lax.stop_gradient, kept)  # where a maximum is has no derivative
-        return (lax.platform_dependent(x, y, g, cpu=spread, default=default),)
+        x = lax.stop_gradient(x)  # where a maximum is has no derivative
+        return (lax.platform_dependent(x, g, cpu=spread, default=default),)
 
     pool.defvjp(forward, backward)
     return pool

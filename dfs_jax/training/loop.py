@@ -26,7 +26,7 @@ from dfs_jax.training import checkpoint, footprint, lock, metrics, progress
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.progress import TrainingError
-from dfs_jax.training.run import Run, prepare
+from dfs_jax.training.run import Run, prepare, warn
 from dfs_jax.training.save_policy import Preempted, Saves
 from dfs_jax.training.state import TrainState, given_weights, restore_or_initialise
 from dfs_jax.training.step import make_conflict_probe, make_train_step
@@ -43,7 +43,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     into memory, before anything is changed; TrainingError when a loss is not finite or, its state
     saved, data cannot be read; Preempted when the process is told to end, its state saved.
     """
+    workdirs.check_writable(workdir)
     run = prepare(config, workdir)
+    warn(run)
     _reached(run, workdir)
     with lock.held(workdir):
         workdirs.check(config, workdir)  # again, now that no other run can change it

@@ -68,10 +68,6 @@ def prepare(
     pipeline.check_batch(config, mesh.size)
     _check_accumulation(config, mesh.size, method)
     workdirs.check_source(config)
-    if config.train.freeze and not config.train.init_from:
-        log.warning(
-            "train.freeze keeps fresh weights; train.init_from names the run that has better ones"
-        )
     if workdir is not None:
         workdirs.check(config, workdir)
 
@@ -80,24 +76,19 @@ def prepare(
     if workdir is not None:
         _check_classes(source.spec)
     network = network.clone(num_classes=source.spec.num_classes)
-    params = _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
+    _check_inputs(network, objective, source.spec.batch(2), config.train.freeze)
     steps_per_epoch = source.train.size / config.train.batch_size
     total = _total_steps(config, steps_per_epoch)
-    if workdir is not None:
-        for sentence in _without_effect(config, total / steps_per_epoch, total, params):
-            log.warning("%s", sentence)
-    if total % method.cycle:
-        log.warning(
-            "the run's %d steps end within a cycle of %d steps of gradients %s: its last "
-            "parameters are unfinished",
-            total,
-            method.cycle,
-            config.gradients.name,
-        )
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
     optimizer = freeze.optimizer(optimizer, config.train.freeze)
     pieces = source, network, objective, method, optimizer, schedule, mesh
     return Run(config, *pieces, steps_per_epoch, total)
+
+
+def _parameters(run: Run) -> Any:
+    """The network's parameters, as shapes."""
+    batch = run.data.spec.batch(2)
+    return jax.eval_shape(lambda x: run.network.init(jax.random.key(0), x), batch)["params"]
 
 
 def _total_steps(config: ml_collections.ConfigDict, steps_per_epoch: float) -> int:
@@ -110,16 +101,29 @@ def _total_steps(config: ml_collections.ConfigDict, steps_per_epoch: float) -> i
     return total
 
 
-def _without_effect(
-    config: ml_collections.ConfigDict, epochs: float, steps: int, params: Any
-) -> list[str]:
-    """Sentences on what was chosen for a run of this length and will not happen."""
-    found = optim.without_effect(config.optimizer, epochs)
+def warn(run: Run) -> None:
+    """Log what was chosen for training and, in a run of this length, hardly meant."""
+    for sentence in _doubtful(run):
+        log.warning("%s", sentence)
+
+
+def _doubtful(run: Run) -> list[str]:
+    config, steps = run.config, run.total_steps
+    found = optim.without_effect(config.optimizer, steps / run.steps_per_epoch)
     weights, patterns = config.objective.exit_weights, config.train.freeze
     if weights and not any(weights):
         found.append("objective.exit_weights are all 0: no exit is trained")
-    if patterns and all(jax.tree.leaves(freeze.chosen(patterns, params))):
+    if patterns and not config.train.init_from:
+        found.append(
+            "train.freeze keeps fresh weights; train.init_from names the run that has better ones"
+        )
+    if patterns and all(jax.tree.leaves(freeze.chosen(patterns, _parameters(run)))):
         found.append(f"train.freeze = {shown(patterns)} keeps every parameter: nothing is trained")
+    if steps % run.method.cycle:
+        found.append(
+            f"the run's {steps} steps end within a cycle of {run.method.cycle} steps of gradients "
+            f"{config.gradients.name}: its last parameters are unfinished"
+        )
     if config.train.profile_steps and config.train.profile_steps[0] > steps:
         found.append(
             f"train.profile_steps = {config.train.profile_steps} lie beyond the run of {steps} "
@@ -219,17 +223,15 @@ def _check_classes(spec: data.pipeline.Spec) -> None:
 
 def _check_inputs(
     network: MultiExit, objective: Objective, batch: Any, frozen: Sequence[str]
-) -> Any:
-    """Check what depends on the shapes of a batch: input, features and parameter names.
-
-    Returns the parameters as shapes.
-    """
+) -> None:
+    """Check what depends on the shapes of a batch: input, features and parameter names."""
     try:
-        outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), batch)
+        outputs, variables = jax.eval_shape(
+            lambda batch: network.init_with_output(jax.random.key(0), batch), batch
+        )
     except ValueError as error:
         hint = "; see data.image_size" if "image" in str(error) else ""
         raise ConfigError(f"{error}{hint}") from error
     with refusals():
         objective.check_features([feature.shape for feature in outputs.features])
     freeze.check(frozen, variables["params"])
-    return variables["params"]

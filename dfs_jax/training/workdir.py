@@ -70,8 +70,7 @@ def saved_config(workdir: str, data_dir: str | None = None) -> ml_collections.Co
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Refuse, changing nothing, a workdir that cannot be written or is another experiment's."""
-    _check_writable(workdir)
+    """Refuse, changing nothing, a workdir that is another experiment's. Raises ConfigError."""
     before = load(workdir)
     if before is None:
         return
@@ -86,8 +85,8 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
 
 
-def _check_writable(workdir: str) -> None:
-    """Raise ConfigError unless the directory `workdir`, or one above it to make it in, is there."""
+def check_writable(workdir: str) -> None:
+    """Raise ConfigError unless a run can be written to `workdir`, which need not be there yet."""
     if not workdir:
         raise ConfigError("--workdir: give the folder of the run, got ''")
     if "://" in workdir:  # only writing tells

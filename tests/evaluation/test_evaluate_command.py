@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -27,6 +28,7 @@ ALWAYS_WRITTEN = {
     "evaluation.json",
     "reliability.png",
 }
+UNVALIDATED = ("data.validation_size=0", "train.steps=1", "train.profile_steps=(2,2)")
 WITH_VALIDATION = ALWAYS_WRITTEN | {"budgeted.csv", "budgeted.png", "budgets.json"}
 
 
@@ -44,7 +46,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unvalidated(tmp_path_factory):
     """A trained run without one."""
-    return _train(tmp_path_factory.mktemp("run"), "data.validation_size=0", "train.steps=1")
+    return _train(tmp_path_factory.mktemp("run"), *UNVALIDATED)
 
 
 def _rows(path):
@@ -102,6 +104,18 @@ def test_answers_agree_with_their_logits_and_counts(workdir, score):
         agree = order[1:, :, 0] == order[:-1, :, 0]
         np.testing.assert_array_equal(found.confidences[0], 0)
         np.testing.assert_array_equal(found.confidences[1], agree[0])
+
+
+def test_a_workdir_that_can_only_be_read_is_evaluated(
+    unvalidated, tmp_path, monkeypatch, caplog, capsys
+):
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+    before = {path: path.stat().st_mtime_ns for path in unvalidated.rglob("*")}
+    assert _command(unvalidated, tmp_path / "out") == 0
+    assert {path: path.stat().st_mtime_ns for path in unvalidated.rglob("*")} == before
+    assert "profile_steps" not in caplog.text  # what training will not do is no matter here
+    assert main.main(tiny_run.arguments(unvalidated, *UNVALIDATED)) == 2
+    assert f"cannot write to {unvalidated}: no permission" in capsys.readouterr().err
 
 
 def test_everything_is_written(evaluated):

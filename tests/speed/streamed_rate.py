@@ -25,8 +25,9 @@ from PIL import Image
 from dfs_jax import config, data
 from dfs_jax.data.input import streamed
 from dfs_jax.data.input.records import Files, TFRecords, parse_example
+from dfs_jax.ops import allocator
 
-AHEAD = 5  # batches that either side may have made before they are asked for
+AHEAD = 12  # batches that either side may have made before they are asked for
 IMAGES, CLASSES, BATCH, SIDE, SHARDS = 512, 4, 64, 224, 8
 REPEATED = 4  # times that the records hold the images, for epochs are long
 
@@ -195,6 +196,7 @@ def main(argv=None) -> int:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--batches", type=int, default=10, help="of one measurement")
     arguments = parser.parse_args(argv)
+    allocator.keep_freed_memory()  # as training does, for both sides
     images = [jpeg(i) for i in range(IMAGES)]
     with tempfile.TemporaryDirectory() as root:
         for name, make in (("folder", folders), ("prepared", prepared)):

@@ -12,7 +12,7 @@ from dfs_jax import data
 from dfs_jax.config import ConfigError
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
-from dfs_jax.training.run import prepare
+from dfs_jax.training.run import prepare, warn
 
 
 def test_choices_become_objects():
@@ -112,6 +112,11 @@ def test_what_cannot_be_trained_is_refused(changes, message):
         (["objective.exit_weights=(0,0)"], "exit_weights are all 0: no exit is trained"),
         (["train.freeze=('.*',)"], r"train.freeze = \('\.\*',\) keeps every parameter: nothing"),
         (["train.freeze=('s_0','s_1')"], "keeps every parameter: nothing is trained"),
+        (["train.freeze=('s_0',)"], "keeps fresh weights; train.init_from names the run"),
+        (
+            ["gradients.name=meta_gf", "train.steps=11"],
+            "11 steps end within a cycle of 300 steps of gradients meta_gf",
+        ),
         (["optimizer.learning_rate=0"], "learning_rate is 0: no parameter will move"),
         (
             ["optimizer.schedule=multistep", "optimizer.milestones=(3,4)"],
@@ -120,12 +125,12 @@ def test_what_cannot_be_trained_is_refused(changes, message):
         (["train.profile_steps=(13,14)"], "profile_steps = .* lie beyond the run of 12 steps"),
     ],
 )
-def test_what_a_run_will_not_do_is_told(changes, warning, tmp_path, caplog):
-    prepare(tiny_run.config(*changes), str(tmp_path / "run"))
+def test_what_a_run_will_not_do_is_told(changes, warning, caplog):
+    warn(prepare(tiny_run.config(*changes)))
     assert re.search(warning, caplog.text)
 
 
-def test_nothing_is_told_of_a_run_that_does_what_it_says(tmp_path, caplog):
+def test_nothing_is_told_of_a_run_that_does_what_it_says(caplog):
     changes = (
         "optimizer.warmup_epochs=2",
         "optimizer.schedule=multistep",
@@ -133,7 +138,7 @@ def test_nothing_is_told_of_a_run_that_does_what_it_says(tmp_path, caplog):
         "objective.exit_weights=(0,1)",
         "train.profile_steps=(1,100)",
     )
-    prepare(tiny_run.config(*changes), str(tmp_path / "run"))
+    warn(prepare(tiny_run.config(*changes)))
     assert not caplog.text
 
 

@@ -214,8 +214,11 @@ class StreamedTrain:
                     f"none of the {len(rows)} records of a batch can be used; the first one is "
                     f"{self._rows.records.where(int(batch['index'][0]))}"
                 )
-            chosen = _replaced(usable, own_stream)
-            yield {key: batch[key][chosen] for key in ("image", "label")}
+            kept = {key: batch[key] for key in ("image", "label")}
+            if not usable.all():
+                chosen = _replaced(usable, own_stream)
+                kept = {key: rows[chosen] for key, rows in kept.items()}
+            yield kept
 
     def _finished(self, batch, step):
         images = self._augmentation.apply_to_batch(self._plan.seed, step, batch["image"])
