@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.models.layers import Conv, Dense, Feature, full_precision, plain
+from dfs_jax.models.layers import Conv, Dense, Feature, full_precision, parameter, plain
 from dfs_jax.models.multi_exit import MultiExit
 
 # timm cuts this normal at ±2, a hundred deviations out.
@@ -106,10 +106,10 @@ class PatchEmbed(nn.Module):
                     f"the network was initialised for images of {known - 1} patches of "
                     f"{size}x{size} pixels, {height}x{width} pixels are {tokens - 1}"
                 )
-        start = self.param(
-            "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), param_dtype
+        start = parameter(
+            self, "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), param_dtype
         )
-        position = self.param("pos_embed", _normal, (1, tokens, self.width), param_dtype)
+        position = parameter(self, "pos_embed", _normal, (1, tokens, self.width), param_dtype)
         start = jnp.broadcast_to(start.astype(self.dtype), (batch, 1, self.width))
         return jnp.concatenate([start, x], axis=1) + position.astype(self.dtype)
 
