@@ -23,26 +23,26 @@ def apply_preset(
     *,
     networks: Mapping[str, Preset],
     methods: Mapping[str, Preset],
+    sizes: Mapping[str, Preset] | None = None,
 ) -> ml_collections.ConfigDict:
-    """Apply a comma list of at most one network word and one method word, in any order.
+    """Apply a comma list of at most one network, size and method word each, in any order.
 
-    The first entry of `networks` and of `methods` is the default. The network's change comes
-    first. Raises ConfigError for an unknown or second word.
+    The first entry of each kind is its default. The network's change comes first, then that of the
+    size. Raises ConfigError for an unknown or second word.
     """
-    chosen = {"network": next(iter(networks)), "method": next(iter(methods))}
+    words = {"network": networks, "size": sizes or {}, "method": methods}
+    words = {kind: known for kind, known in words.items() if known}
     seen: dict[str, str] = {}
     for word in filter(None, (w.strip() for w in (preset or "").split(","))):
-        kind = "network" if word in networks else "method" if word in methods else None
+        kind = next((kind for kind, known in words.items() if word in known), None)
         if kind is None:
-            raise ConfigError(
-                f"preset word {word!r} is unknown; networks: {', '.join(networks)}; "
-                f"methods: {', '.join(methods)}"
-            )
+            known = "; ".join(f"{kind}s: {', '.join(known)}" for kind, known in words.items())
+            raise ConfigError(f"preset word {word!r} is unknown; {known}")
         if kind in seen:
             raise ConfigError(f"preset names two {kind}s, {seen[kind]!r} and {word!r}; give one")
-        seen[kind] = chosen[kind] = word
-    networks[chosen["network"]](c)
-    methods[chosen["method"]](c)
+        seen[kind] = word
+    for kind, known in words.items():
+        known[seen.get(kind, next(iter(known)))](c)
     return c
 
 

@@ -27,10 +27,12 @@ _LOADERS: dict[str, Callable[..., Data]] = {
     "double_digits/clean": _load("double_digits"),
     "double_digits/hard": _load("double_digits"),
     "double_digits/units": _load("double_digits"),
+    "fashion_mnist": _load("fashion_mnist"),
     "folder": _load("folder"),
     "imagenet2012": _load("imagenet"),
 }
-_TFDS = "tfds:"  # before the name of any other data set of TFDS
+# Words before the name of any other data set of TFDS, and before a folder of IDX files.
+_TFDS, _IDX = "tfds:", "idx:"
 _RECORDED = (
     "folder",
     "imagenet2012",
@@ -39,6 +41,7 @@ _RECORDED = (
 # Shape of the images, ImageNet's as they are usually cropped, and number of classes.
 KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {
     "digits": ((8, 8, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "double_digits/clean": ((32, 32, 3), 100),
@@ -49,7 +52,7 @@ KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `config.data.name` can choose, besides tfds:NAME for any of TFDS."""
+    """The data sets that `config.data.name` can choose, besides tfds:NAME and idx:DIR."""
     return tuple(sorted(_LOADERS))
 
 
@@ -65,12 +68,20 @@ def create(config: ml_collections.ConfigDict, known: Record | None = None) -> Da
     name = config.data.name
     if name.startswith(_TFDS):
         return _load("tfds_by_name")(config, known)
+    if name.startswith(_IDX):
+        return _load("idx")(config)
     if name not in _LOADERS:
         raise ConfigError(
-            f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}, and "
-            f"{_TFDS}NAME for others of TFDS"
+            f"config.data.name: there is no data set {name!r}; known: {', '.join(names())}, "
+            f"{_TFDS}NAME for others of TFDS, and {_IDX}DIR for a folder of IDX files"
         )
     return _LOADERS[name](config, known) if name in _RECORDED else _LOADERS[name](config)
+
+
+def place(config: ml_collections.ConfigDict) -> str | None:
+    """The folder that the configured data are in; None: TFDS's own."""
+    name = config.data.name
+    return config.data.dir or (name.removeprefix(_IDX) if name.startswith(_IDX) else None)
 
 
 def known_images(

@@ -8,6 +8,7 @@ import ml_collections
 from etils import epath
 
 from dfs_jax import config as configuration
+from dfs_jax import data
 from dfs_jax.config import ConfigError
 from dfs_jax.config.command import configure_jax
 from dfs_jax.data.record import Record
@@ -115,8 +116,8 @@ def create(
     """
     directory = epath.Path(workdir)
     config = config.copy_and_resolve_references()
-    if config.data.dir:
-        config.data.dir = absolute(config.data.dir)
+    if place := data.place(config):
+        config.data.dir = absolute(place)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:

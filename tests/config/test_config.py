@@ -19,7 +19,7 @@ def presets():
         yield str(file)
         with pytest.raises(ConfigError) as refused:
             config.load(f"{file}:?")
-        known = re.findall(r"(?:networks|methods): ([^;]*)", str(refused.value))
+        known = re.findall(r"(?:networks|sizes|methods): ([^;]*)", str(refused.value))
         yield from (f"{file}:{word}" for words in known for word in words.split(", ") if word)
 
 
@@ -213,13 +213,14 @@ def test_what_is_no_configuration_file_is_refused(tmp_path):
 
 @pytest.fixture
 def preset():
-    """Applies a preset of two networks, a and b, and two methods, m and n."""
+    """Applies a preset of two networks, a and b, two sizes, s and t, and two methods, m and n."""
 
     def append(name):
         return lambda c: c.append(name)
 
     kinds = {
         "networks": {name: append(name) for name in "ab"},
+        "sizes": {name: append(name) for name in "st"},
         "methods": {name: append(name) for name in "mn"},
     }
     return lambda text: config.apply_preset([], text, **kinds)
@@ -227,17 +228,18 @@ def preset():
 
 @pytest.mark.parametrize(
     ("text", "applied"),
-    [(None, "am"), ("", "am"), ("b", "bm"), ("n", "an"), ("b,n", "bn"), (" n , b ", "bn")],
+    [(None, "asm"), ("", "asm"), ("b", "bsm"), ("n", "asn"), ("b,n", "bsn"), (" n , t,b ", "btn")],
 )
-def test_preset_words_come_in_any_order_and_the_network_is_applied_first(preset, text, applied):
+def test_preset_words_come_in_any_order_and_are_applied_in_one(preset, text, applied):
     assert "".join(preset(text)) == applied
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("c", "'c' is unknown; networks: a, b; methods: m, n"),
+        ("c", "'c' is unknown; networks: a, b; sizes: s, t; methods: m, n"),
         ("a,b", "two networks, 'a' and 'b'"),
+        ("t,a,s", "two sizes, 't' and 's'"),
         ("m,a,n", "two methods, 'm' and 'n'"),
         ("a,a", "two networks"),
     ],

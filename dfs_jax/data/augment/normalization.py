@@ -21,6 +21,8 @@ STATISTICS: dict[str, Statistics] = {
     # b.download_and_prepare(); x = tfds.as_numpy(b.as_dataset('train', batch_size=-1))['image'];
     # print((x / 255).mean(), (x / 255).std())"
     "digits": ((0.304425,), (0.375142,)),
+    # As usual for it, and as `measure` finds them.
+    "fashion_mnist": ((0.2860,), (0.3530,)),
     # Printed by python -m dfs_jax.data.double_digits; "units" has the pictures of "clean".
     "double_digits/clean": ((0.500091, 0.499985, 0.499718), (0.137520, 0.123947, 0.137226)),
     "double_digits/hard": ((0.500253, 0.499963, 0.499535), (0.218908, 0.172702, 0.218059)),

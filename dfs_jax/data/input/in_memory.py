@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dfs_jax.config import ConfigError
-from dfs_jax.data import pipeline, record
+from dfs_jax.data import pipeline
 from dfs_jax.data.augment.augmentation import Augmentation
 from dfs_jax.data.augment.mixing import Mixing
 from dfs_jax.data.augment.normalization import Statistics, normalise, statistics
 from dfs_jax.data.input import order
 from dfs_jax.data.input.devices import one_ahead, place, replicated
 from dfs_jax.data.pipeline import Batch, Data, Spec
+from dfs_jax.data.record import Record, whole
 from dfs_jax.models.inputs import images as image_inputs
 from dfs_jax.ops import memory
 
@@ -41,11 +43,14 @@ def from_arrays(
     validation: Arrays | None,
     test: Arrays,
     class_names: Sequence[str],
+    own: Statistics | None = None,
+    record: Record | None = None,
 ) -> Data:
     """Arrays served as `config` says; needs neither TensorFlow nor its data sets.
 
-    `name` is also the entry of `normalization.STATISTICS` for `normalization="own"`. An empty split
-    is refused, and so are fields of the configuration that do not fit: ConfigError.
+    `own` are the statistics for `normalization="own"`, None: the entry `name` of
+    `normalization.STATISTICS`. `record` is what a run notes of them, None: their numbers. An empty
+    split is refused, and so are fields of the configuration that do not fit: ConfigError.
     """
     pipeline.check_batch(config, devices=1)
     seed = pipeline.check_seed(config)
@@ -58,7 +63,7 @@ def from_arrays(
             f"data.channels {config.data.channels}: the images of {name} have {shape[-1]}; 0: as "
             "they are"
         )
-    scale = statistics(config, own=name, channels=shape[-1])
+    scale = statistics(config, own=own or name, channels=shape[-1])
 
     def held_out(split: str) -> "InMemoryEval":
         return InMemoryEval(*arrays[split], config.train.eval_batch_size, scale)
@@ -85,12 +90,15 @@ def from_arrays(
             test_size=len(test[1]),
             statistics=scale,
         ),
-        record=record.whole({k: len(labels) for k, (_, labels) in arrays.items()}, class_names),
+        record=record or whole({k: len(labels) for k, (_, labels) in arrays.items()}, class_names),
     )
 
 
 def from_splits(
-    config: ml_collections.ConfigDict, splits: Mapping[str, Arrays], class_names: Sequence[str]
+    config: ml_collections.ConfigDict,
+    splits: Mapping[str, Arrays],
+    class_names: Sequence[str],
+    **rest: Any,
 ) -> Data:
     """`from_arrays` of splits `train`, whose end is held out for validation, and `test`."""
     train, validation = hold_out(splits["train"], config.data.validation_size)
@@ -101,6 +109,7 @@ def from_splits(
         validation=validation,
         test=splits["test"],
         class_names=class_names,
+        **rest,
     )
 
 

@@ -65,6 +65,22 @@ def open_or_prepare(
         return make()
 
 
+def if_prepared(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder | None":
+    """The builder of TFDS data set `name` if its data are in `data_dir` (None: TFDS's own).
+
+    Raises DataError when what is there cannot be read.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+    place = os.path.join(data_dir, name)
+    if not os.path.isdir(place):
+        return None
+    with _blames(place):
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        return builder if builder.data_path.exists() else None
+
+
 @contextlib.contextmanager
 def preparing(builder: "tfds.core.DatasetBuilder") -> Iterator[None]:
     """Raises DataError for a disk that TFDS reports to be full while `builder` prepares its data.
