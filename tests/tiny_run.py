@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -15,6 +16,10 @@ from dfs_jax import config as configuration
 from dfs_jax import data
 from dfs_jax.data.input import in_memory
 from dfs_jax.distributed import placement
+from dfs_jax.models import cost
+from dfs_jax.training import counts, loop, progress
+from dfs_jax.training import run as run_module
+from dfs_jax.training import state as state_module
 from dfs_jax.training.state import initial_state
 from dfs_jax.training.step import make_train_step
 
@@ -90,20 +95,67 @@ def load(config):
     )
 
 
+def once(make, key):
+    """`make(run, …)` that makes the same thing for every run of the same `key(run)`."""
+    made = {}
+
+    def of(run, *rest):
+        found = key(run)
+        if found not in made:
+            made[found] = make(run, *rest)
+        return made[found]
+
+    return of
+
+
+def pieces(run):
+    """What the functions of a run are made of."""
+    spec = repr(run.data.spec)
+    return configuration.to_json(run.config), spec, run.network, run.method, run.optimizer
+
+
+@functools.cache
+def traced_once():
+    """Replacements (module, name, function) with which runs of one configuration share functions.
+
+    So they are traced and compiled once, as they would be in one run.
+    """
+    first = once(lambda run: run, lambda run: pieces(run)[:2])
+
+    def prepare(config, workdir=None):
+        run = run_module.prepare(config, workdir)
+        return first(run)._replace(config=run.config, data=run.data)
+
+    costs = functools.cache(cost.exit_costs)
+    return (
+        (loop, "prepare", prepare),
+        (loop, "make_train_step", once(make_train_step, pieces)),
+        (loop, "batch_counter", functools.cache(counts.batch_counter)),
+        (loop, "exit_costs", costs),
+        (progress, "exit_costs", costs),
+        (state_module, "_create_state", once(state_module._create_state, pieces)),
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_digits(tmp_path_factory):
     """Import it into a module of tests to have `load` serve the digits there.
 
-    Programs are kept on disk for the module, so that the same run is compiled once.
+    What runs of one configuration compile is traced once, and kept on disk for all modules.
     """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
     kept = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_compilation_cache_dir": str(folder / "programs"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     before = {name: getattr(jax.config, name) for name in kept}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data._LOADERS, "digits", load)
+        for replaced in traced_once():
+            patch.setattr(*replaced)
         for values in (kept, before):
             for name, value in values.items():
                 jax.config.update(name, value)
