@@ -317,32 +317,40 @@ def test_eight_devices_train_the_network_of_the_digits_as_one_does():
         assert_devices_agree("train.precision=float64", tolerance=1e-14)
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """Has `change(data)` make the digits of the runs that follow."""
+
+    def serve(change):
+        load = lambda config: change(tiny_run.load(config))  # noqa: E731
+        monkeypatch.setitem(data._LOADERS, "digits", load)
+
+    return serve
+
+
 class TestNonFinite:
     """A run ends before anything that is not finite is saved."""
 
     @pytest.fixture
-    def images_at(self, monkeypatch):
+    def images_at(self, served):
         """Multiplies the training images of one step."""
 
         def multiply(step, factor):
-            def load(config):
-                found = tiny_run.load(config)
+            def change(found):
+                batches = found.train.batches
 
-                class Source:
-                    size = found.train.size
+                def multiplied(start, sharding=None):
+                    for at, batch in enumerate(batches(start, sharding), start + 1):
+                        image = batch["image"]
+                        if at == step:
+                            with jax.transfer_guard("allow"):
+                                image = jax.device_put(image * factor, image.sharding)
+                        yield {**batch, "image": image}
 
-                    def batches(self, start, sharding=None):
-                        batches = found.train.batches(start, sharding)
-                        for at, batch in enumerate(batches, start + 1):
-                            image = batch["image"]
-                            if at == step:
-                                with jax.transfer_guard("allow"):
-                                    image = jax.device_put(image * factor, image.sharding)
-                            yield {**batch, "image": image}
+                found.train.batches = multiplied
+                return found
 
-                return dataclasses.replace(found, train=Source())
-
-            monkeypatch.setitem(data._LOADERS, "digits", load)
+            served(change)
 
         return multiply
 
@@ -388,12 +396,11 @@ class TestDamagedData:
     """A file that cannot be read costs the run nothing."""
 
     @pytest.fixture
-    def damaged(self, monkeypatch):
+    def damaged(self, served):
         """Has a split raise when the batch of an update, or of an evaluation, is asked for."""
 
         def damage(split, number):
-            def load(config):
-                found = tiny_run.load(config)
+            def change(found):
                 source = getattr(found, split)
                 batches, calls = source.batches, iter(range(1, 99))
 
@@ -407,7 +414,7 @@ class TestDamagedData:
                 source.batches = broken
                 return found
 
-            monkeypatch.setitem(data._LOADERS, "digits", load)
+            served(change)
 
         return damage
 
@@ -416,15 +423,14 @@ class TestDamagedData:
         [("train", 8, 7), ("validation", 2, 8), ("validation", 3, 12)],  # evaluations of 8 and 12
     )
     def test_its_state_is_saved_first(
-        self, trained, damaged, split, number, kept, tmp_path, monkeypatch
+        self, trained, damaged, served, split, number, kept, tmp_path
     ):
-        with monkeypatch.context():
-            damaged(split, number)
-            sentence = f"cat/7.jpg is damaged; mend it; step {kept} is saved; the same command"
-            with pytest.raises(TrainingError, match=sentence):
-                loop.train_and_evaluate(trained.config, str(tmp_path))
+        damaged(split, number)
+        sentence = f"cat/7.jpg is damaged; mend it; step {kept} is saved; the same command"
+        with pytest.raises(TrainingError, match=sentence):
+            loop.train_and_evaluate(trained.config, str(tmp_path))
         assert steps_of(tmp_path)[-1] == kept
-        monkeypatch.setitem(data._LOADERS, "digits", tiny_run.load)
+        served(lambda found: found)
         # The advice to skip damaged records may be taken.
         config = tiny_run.config("data.on_error=skip")
         assert loop.train_and_evaluate(config, str(tmp_path)) == trained.final
