@@ -13,7 +13,7 @@ from dfs_jax import models
 from dfs_jax.config import presets
 from dfs_jax.surgery import Surgery
 from dfs_jax.training import freeze, loop
-from dfs_jax.training.run import prepare
+from dfs_jax.training.run import prepare, warn
 from dfs_jax.training.state import initial_state, restore
 
 
@@ -57,7 +57,7 @@ def test_second_stage_trains_the_exits_alone(tmp_path, caplog):
 
 def test_freezing_fresh_weights_is_told(caplog):
     with caplog.at_level(logging.WARNING):
-        prepare(_config("imta", "model.options.collaboration=True"))
+        warn(prepare(_config("imta", "model.options.collaboration=True")))
     assert "train.init_from" in caplog.text
 
 
