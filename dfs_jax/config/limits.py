@@ -86,14 +86,14 @@ def check(config: ml_collections.ConfigDict, section: str = "") -> None:
     Fields that are missing, or that no configuration has, are refused too. `section` restricts
     the check to one.
     """
-    given, standard = _fields(config), default()
+    given, standard = fields(config), default()
     for path, choose in (("model.name", set_network), ("gradients.name", set_gradients)):
         if path in given:
             name = given[path][0]
             if not isinstance(name, str):
                 raise ConfigError(f"config.{path} = {shown(name)} must be a text")
             choose(standard, name)
-    known = _fields(standard)
+    known = fields(standard)
     for path in sorted(given.keys() - known.keys()):
         raise ConfigError(f"config.{path}: {unknown(path, known, 'field')}")
     for path, (usual, kind) in known.items():
@@ -110,12 +110,12 @@ def check(config: ml_collections.ConfigDict, section: str = "") -> None:
                 raise ConfigError(f"config.{path} = {shown(value)} must be {wanted}")
 
 
-def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
+def fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
     """Value and type of every field, by its path."""
     found = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            found |= _fields(value, f"{prefix}{key}.")
+            found |= fields(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value, config.get_type(key)
     return found

@@ -10,7 +10,6 @@ import resource
 import tempfile
 import time
 
-import ml_collections
 import pytest
 import tiny_run
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +18,7 @@ from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
 from dfs_jax import gradients, models
-from dfs_jax.config import ConfigError
+from dfs_jax.config import ConfigError, limits
 from dfs_jax.training import loop
 from dfs_jax.training.progress import TrainingError
 from dfs_jax.training.run import prepare
@@ -70,15 +69,6 @@ OF_TYPE = {
 }
 
 
-def fields(config, prefix=""):
-    """Path and type of every field."""
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from fields(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, config.get_type(key)
-
-
 def an_override(path, kind):
     own = [OF_TYPE[kind]] * 4 if kind in OF_TYPE else []
     values = st.one_of(*own, st.sampled_from(EXTREMES))
@@ -92,7 +82,10 @@ def options(section, names):
 
     def of(name):
         own = configuration.load(tiny_run.DIGITS, [f"{section}.name={name}"])[section].options
-        chosen = [an_override(f"{section}.options.{path}", kind) for path, kind in fields(own)]
+        chosen = [
+            an_override(f"{section}.options.{path}", kind)
+            for path, (_, kind) in limits.fields(own).items()
+        ]
         if not chosen:
             return st.just([f"{section}.name={name}"])
         return st.lists(st.one_of(chosen), max_size=2).map(
@@ -105,7 +98,10 @@ def options(section, names):
 @st.composite
 def overrides(draw, networks=True):
     """What `config.load` takes: nearly always the smallest network."""
-    every = [an_override(*field) for field in fields(configuration.default())]
+    every = [
+        an_override(path, kind)
+        for path, (_, kind) in limits.fields(configuration.default()).items()
+    ]
     found = draw(st.lists(st.one_of(every), min_size=1, max_size=3))
     if draw(st.integers(0, 3)) == 0:
         found += draw(options("gradients", gradients.names()))

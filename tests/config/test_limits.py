@@ -15,12 +15,9 @@ HUGE = 10**5000  # Python writes no number of so many digits
 OTHERS = (1.5, "text", True, 7, (1, 2), ("text",), (b"x",), ((1,),), None, [1], {"a": 1})
 
 
-def fields(c, prefix=""):
-    for key, value in c.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from fields(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, c.get_type(key)
+def fields(c):
+    """(path, type) of every field."""
+    return [(path, kind) for path, (_, kind) in limits.fields(c).items()]
 
 
 def holding(path, value, c=None):
