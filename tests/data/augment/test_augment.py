@@ -17,7 +17,7 @@ def picture(height, width, channels=3):
     return np.random.default_rng(height).integers(1, 256, (height, width, channels), dtype=np.uint8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), height=st.integers(1, 7), width=st.integers(1, 7), padding=st.integers(0, 9))
 def test_crop_is_a_window_of_the_padded_image(data, height, width, padding):
     image = picture(height, width)
@@ -30,7 +30,7 @@ def test_crop_is_a_window_of_the_padded_image(data, height, width, padding):
     np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 9))
 def test_cutout_blackens_the_part_of_the_square_inside(data, height, width):
     image = picture(height, width)
