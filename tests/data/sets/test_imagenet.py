@@ -83,22 +83,20 @@ def test_what_a_run_notes_does_not_depend_on_the_format(prepared):
 def test_the_same_batches_on_hosts_and_after_a_resume_in_mid_epoch(conf):
     source = data.create(conf).train
     whole = list(itertools.islice(source.examples(0, np.arange(16)), 9))
-    for hosts, start in ((1, 7), (2, 1), (4, 5)):
-        parts = [
-            list(itertools.islice(source.examples(start, order.host_rows(16, h, hosts)), 2))
-            for h in range(hosts)
-        ]
-        for step in range(2):
-            for key in ("image", "label"):
-                joined = np.concatenate([part[step][key] for part in parts])
-                np.testing.assert_array_equal(joined, whole[start + step][key])
+    parts = [
+        list(itertools.islice(source.examples(7, order.host_rows(16, h, 2)), 2)) for h in range(2)
+    ]
+    for step in range(2):
+        for key in ("image", "label"):
+            joined = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(joined, whole[7 + step][key])
 
 
 def test_exact_counts_on_hosts(conf):
     d = data.create(conf)
     for source, size in ((d.validation, HELD), (d.test, stored.VALIDATION)):
         whole = None
-        for hosts in (1, 2, 4):
+        for hosts in (1, 2):
             parts = [list(source.examples(h, hosts)) for h in range(hosts)]
             seen = [
                 (image.tobytes(), int(label))
