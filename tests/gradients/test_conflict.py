@@ -22,6 +22,10 @@ def float64():
         yield
 
 
+def network(surgery=Surgery(partition=False)):  # noqa: B008
+    return tiny.network(surgery, widths=(6, 5, 4), dropout_rate=0.2, dtype=np.float64)
+
+
 @functools.cache
 def measured(net):
     params, problem = tiny.problem(net)
@@ -53,8 +57,7 @@ def is_exits_own(name):
     ids=["joint", "all", "own"],
 )
 def test_cosines_are_those_of_the_gradients(surgery):
-    net = tiny.network(surgery, widths=(6, 5, 4), dropout_rate=0.2, dtype=np.float64)
-    params, problem, found = measured(net)
+    params, problem, found = measured(network(surgery))
     gradients = exits_gradients(problem, params)
     backbone = [n for n in gradients[0] if not is_exits_own(n)]
     layers = {path: matrix for segment in found.layers for path, matrix in segment.items()}
@@ -76,7 +79,7 @@ def test_cosines_are_those_of_the_gradients(surgery):
 
 
 def test_an_exit_has_no_angle_in_deeper_segments():
-    _, _, found = measured(tiny.network(widths=(5, 4, 3)))
+    _, _, found = measured(network())
     for s in range(EXITS):
         undefined = np.isnan(found.segments[s])
         deeper = np.arange(EXITS) < s
@@ -132,6 +135,14 @@ class Raw(Objective):
         return logits[:, 0]
 
 
+@tiny.jitted
+def between(a, b):
+    """What is measured between the gradients `a` and `b`."""
+    batch = {"image": jnp.zeros((3, 3)), "label": jnp.zeros(3, int)}
+    problem = tiny.Problem(Linear(a, b), Raw(), batch, {}, None)
+    return conflict.measure(problem, {"shared": {"w": jnp.ones(3)}})
+
+
 @pytest.mark.parametrize(
     ("a", "b", "want"),
     [
@@ -144,10 +155,7 @@ class Raw(Objective):
     ids=["parallel", "opposed", "apart", "tiny", "zero"],
 )
 def test_known_angles(a, b, want):
-    batch = {"image": jnp.zeros((3, 3)), "label": jnp.zeros(3, int)}
-    params = {"shared": {"w": jnp.ones(3)}}
-    problem = tiny.Problem(Linear(np.float64(a), np.float64(b)), Raw(), batch, {}, None)
-    found = conflict.measure(problem, params)
+    found = between(np.float64(a), np.float64(b))
     for matrix in (found.overall, found.segments[0], found.layers[0]["shared"]):
         np.testing.assert_allclose(matrix[0, 1], want, rtol=1e-12)
         assert np.isnan(matrix[0, 0]) == np.isnan(want)

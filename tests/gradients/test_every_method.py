@@ -35,7 +35,7 @@ every_method = pytest.mark.parametrize("name", OPTIONS)
 WHOLE, OWN = Surgery(partition=False), Surgery(beta=0.5)
 COMPOSED = {
     "own": OWN,
-    "all": Surgery(beta=0.34, exit_gradient="all"),
+    "all": Surgery(beta=0.5, exit_gradient="all"),
     "zeros": Surgery(beta=0.5, referencing=False),
 }
 DISTILLING = Objective(logit_weight=0.3, feature_weight=0.1, label_smoothing=0.1)
@@ -97,7 +97,7 @@ def test_one_exit_is_plain_training(name):
 )
 @every_method
 def test_composes_with_surgery_and_distillation(name, surgery):
-    found = results(3, COMPOSED[surgery], DISTILLING)
+    found = results(2, COMPOSED[surgery], DISTILLING)
     gradient, aux, before, after = found.by_method[name]
     for tree, like in ((gradient, found.params), (after, before)):
         assert jax.tree.structure(tree) == jax.tree.structure(like)
@@ -108,7 +108,7 @@ def test_composes_with_surgery_and_distillation(name, surgery):
     tiny.assert_close(aux, found.whole, rtol=1e-8, atol=1e-11)
     # What is trained: everything but the last of the features that nothing reads.
     still = {path for path, g in tiny.flat(gradient).items() if not np.any(g)}
-    assert still == {"sides_2/kernel", "sides_2/bias"}
+    assert still == {"sides_1/kernel", "sides_1/bias"}
 
 
 class Cost(NamedTuple):

@@ -112,16 +112,16 @@ def test_steps_equal_the_formulas():
         for role, (train, held_out) in enumerate([(even, odd), (odd, even)]):
             exits = leaving(np.asarray(confidences_after(mlp, params, train, held_out)), QUOTA)
             assert len(set(exits)) == EXITS
-            gradient = slope_of_mlp(mlp, params, train, held_out, exits)
+            gradient = jax.device_get(slope_of_mlp(mlp, params, train, held_out, exits))
             mlp, moments = adam(mlp, gradient, moments, 2 * at + role + 1)
-        gradient = slope(mlp, params, whole)
+        gradient = jax.device_get(slope(mlp, params, whole))
         trace = jax.tree.map(
             lambda t, g, w: small_step.MOMENTUM * t + g + small_step.DECAY * w,
             trace,
             gradient,
             params,
         )
-        params = jax.tree.map(lambda w, t: np.asarray(w - small_step.RATE * t), params, trace)
+        params = jax.tree.map(lambda w, t: w - small_step.RATE * t, params, trace)
         state, losses = next(found)
         for name, value in mlp.items():
             now = state.method_state[0][name]
@@ -130,13 +130,14 @@ def test_steps_equal_the_formulas():
         assert losses.shape == (EXITS,)
 
 
-@pytest.mark.parametrize("quota", [0.3, 0.75, 1.0, 1.5])
-@pytest.mark.parametrize("shape", [(1, 3), (9, 1), (8, 2), (25, 4)])
-def test_examples_are_handed_out_as_a_budget_would(shape, quota):
+@pytest.mark.parametrize("shape", [(1, 3), (9, 1), (25, 4)])
+def test_examples_are_handed_out_as_a_budget_would(shape):
     confidences = np.random.default_rng(0).uniform(0.1, 1, shape)
-    found = np.asarray(assigned(jnp.asarray(confidences), quota))
-    np.testing.assert_array_equal(found.sum(1), 1)
-    np.testing.assert_array_equal(found.argmax(1), leaving(confidences, quota))
+    quotas = (0.3, 0.75, 1.0, 1.5)
+    every = tiny.jitted(lambda confidences: [assigned(confidences, quota) for quota in quotas])
+    for quota, found in zip(quotas, jax.device_get(every(confidences)), strict=True):
+        np.testing.assert_array_equal(found.sum(1), 1)
+        np.testing.assert_array_equal(found.argmax(1), leaving(confidences, quota))
 
 
 def test_the_first_weights_of_h_are_pytorchs():

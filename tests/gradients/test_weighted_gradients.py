@@ -72,10 +72,15 @@ def compiled(name, count, **options):
     return method.init, apply
 
 
-argmin = tiny.jitted(functools.partial(simplex_argmin, radius=0.5))
-weights = tiny.jitted(functools.partial(averse_weights, radius=0.5))
-bargained = tiny.jitted(bargain)
-projecting = tiny.jitted(projected)
+def jitted(function):
+    """Compiled so that float64 divides to its last digit, which XLA's older emitters do not."""
+    return jax.jit(function, compiler_options=tiny.QUICK | {"xla_cpu_use_fusion_emitters": True})
+
+
+argmin = jitted(functools.partial(simplex_argmin, radius=0.5))
+weights = jitted(functools.partial(averse_weights, radius=0.5))
+bargained = jitted(bargain)
+projecting = jitted(projected)
 
 
 def random(count, seed=0):
@@ -105,12 +110,12 @@ def one_zero(count):
 
 
 CASES = [
-    *((f"random {n}", random(n, seed=n)) for n in range(1, 9)),
+    *((f"random {n}", random(n, seed=n)) for n in (1, 2, 3, 6)),
     *((f"scales {n}", random(n, n) * 10.0 ** np.arange(-2, n - 2)[:, None]) for n in (3, 6)),
-    *((f"opposed {n}", opposed(n)) for n in (2, 5)),
-    *((f"cancelling {n}", cancelling(n)) for n in (2, 5)),
-    *((f"aligned {n}", aligned(n)) for n in (2, 7)),
-    *((f"one zero {n}", one_zero(n)) for n in (2, 4)),
+    *((f"opposed {n}", opposed(n)) for n in (2, 6)),
+    *((f"cancelling {n}", cancelling(n)) for n in (2, 6)),
+    *((f"aligned {n}", aligned(n)) for n in (2, 6)),
+    *((f"one zero {n}", one_zero(n)) for n in (2, 3)),
 ]
 cases = pytest.mark.parametrize("vectors", [c[1] for c in CASES], ids=[c[0] for c in CASES])
 
@@ -168,7 +173,7 @@ class TestPCGrad:
         assert abs(first - other).max() > 1e-6
 
     def test_gradients_without_conflict_are_summed(self):
-        vectors = aligned(4)
+        vectors = aligned(5)
         np.testing.assert_allclose(update("pcgrad", vectors)[0], vectors.sum(0), rtol=1e-12)
 
 
@@ -183,7 +188,7 @@ class TestCAGrad:
         count = len(vectors)
         scale = np.mean(np.sum(vectors**2, 1))
         rng = np.random.default_rng(0)
-        starts = [np.full(count, 1 / count), *rng.dirichlet(np.ones(count), 4)]
+        starts = [np.full(count, 1 / count), *rng.dirichlet(np.ones(count), 2)]
         ends = [*np.eye(count)]
         for start in starts:
             found = optimize.minimize(
@@ -207,7 +212,7 @@ class TestCAGrad:
         excess = self.objective(vectors, 0.5, found) - self.objective(vectors, 0.5, best)
         assert excess / scale < 1e-7
 
-    @pytest.mark.parametrize(("count", "radius"), [(2, 0.2), (3, 0.5), (6, 0.8)])
+    @pytest.mark.parametrize(("count", "radius"), [(5, 0.5), (6, 0.8)])
     def test_the_update_equals_the_papers_formula(self, count, radius):
         vectors = random(count, seed=7)
         w, _ = self.minimum(vectors, radius)
@@ -282,16 +287,16 @@ class TestNashMTL:
         found = bargained(jnp.asarray(matrix), start * jnp.arange(1.0, 7.0))
         np.testing.assert_allclose(found, self.solved(matrix), rtol=1e-9)
 
-    @pytest.mark.parametrize("vectors", [opposed(2), opposed(4), cancelling(3)])
+    @pytest.mark.parametrize("vectors", [opposed(2), opposed(6), cancelling(3)])
     def test_without_agreement_the_last_weights_stay(self, vectors):
         previous = jnp.linspace(0.5, 2.0, len(vectors))
         found = bargained(jnp.asarray(vectors @ vectors.T), previous)
         np.testing.assert_array_equal(found, previous)
 
     def test_an_exit_without_gradient_leaves_the_bargain_to_the_others(self):
-        vectors = one_zero(4)
-        found = bargained(jnp.asarray(vectors @ vectors.T), jnp.ones(4))
-        want = self.solved((vectors @ vectors.T)[:3, :3])
+        vectors = one_zero(3)
+        found = bargained(jnp.asarray(vectors @ vectors.T), jnp.ones(3))
+        want = self.solved((vectors @ vectors.T)[:2, :2])
         np.testing.assert_allclose(found, [*want, 0], rtol=1e-9)
 
     def test_nothing_to_bargain_for(self):
@@ -300,7 +305,7 @@ class TestNashMTL:
 
     @pytest.mark.parametrize("max_norm", [1.0, 1e9])
     def test_the_update_is_the_weighted_sum_of_limited_length(self, max_norm):
-        vectors = random(4)
+        vectors = random(3)
         found, state = update("nash_mtl", vectors, max_norm=max_norm)
         alpha = self.solved(vectors @ vectors.T)
         np.testing.assert_allclose(state, alpha, rtol=1e-9)
