@@ -1,4 +1,4 @@
-"""The training command in processes of its own: a tiny run that they share, and its results."""
+"""The training command in processes of its own, a tiny run that they share, and its results."""
 
 import os
 import re
@@ -17,15 +17,22 @@ ROOT = Path(__file__).parents[1]
 _HOME = tempfile.TemporaryDirectory(prefix="dfs_jax_home_")
 KEPT = Path(_HOME.name) / ".cache" / "dfs_jax"
 
-MSDNET = ("model.options.steps=(1,1)", "model.options.initial=8", "model.options.growth=8")
-SMALL = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,))")  # compiled in seconds
-VGG = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,),(8,))")
+CHILD = ROOT / "tests" / "child.py"
+# What `python` is for launch/local.sh, which also has it find a port.
+_CHEAP = Path(_HOME.name) / "python"
+_CHEAP.write_text(
+    f'#!/bin/sh\n[ "$1" = -m ] && exec "{sys.executable}" "{CHILD}" "$@"\n'
+    f'exec "{sys.executable}" "$@"\n'
+)
+_CHEAP.chmod(0o755)
+
+NETWORK = ("model.name=vgg7_cifar100", "model.options.widths=((6,),(8,))")  # compiled in seconds
 
 SETTINGS = (
     "train.epochs=0",
     "train.steps=20",
     "train.batch_size=16",
-    "train.eval_batch_size=120",
+    "train.eval_batch_size=16",
     "train.eval_every=10",
     "train.checkpoint_every=5",
     "train.log_every=1",
@@ -35,18 +42,21 @@ SETTINGS = (
 )
 
 
-def arguments(workdir, *own, network=SMALL):
+def arguments(workdir, *own):
     """Arguments of the training command; `own` settings come last and win."""
-    settings = [f"--config.{item}" for item in (*network, *SETTINGS, *own)]
+    settings = [f"--config.{item}" for item in (*NETWORK, *SETTINGS, *own)]
     return ["--config", str(ROOT / "configs" / "digits.py"), "--workdir", str(workdir), *settings]
 
 
-def start(count, devices, words):
-    """Starts `count` processes with `devices` virtual devices each; text on stdout."""
+def start(count, devices, words, whole=False):
+    """Starts `count` processes with `devices` virtual devices each; text on stdout.
+
+    `whole`: with TensorFlow, and the digits as TFDS serves them.
+    """
     return subprocess.Popen(
         ["launch/local.sh", str(count), *words],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices) | {"PYTHON": sys.executable if whole else str(_CHEAP)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -54,14 +64,10 @@ def start(count, devices, words):
 
 
 def environment(devices=1):
-    """Variables for a child: this interpreter, and so many virtual CPU devices."""
-    return os.environ | {
-        "PYTHON": sys.executable,
-        "HOME": _HOME.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
-    }
+    """Variables for a child, so that it has so many virtual CPU devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    own = {"HOME": _HOME.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | own | {"XLA_FLAGS": flags}
 
 
 def run(count, devices, words):

@@ -1,6 +1,5 @@
 """The training command: what a person sees of bad input, and runs that are killed."""
 
-import json
 import os
 import random
 import re
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny_run
 from tiny_run import few_digits  # noqa: F401
 
-from dfs_jax import config as configuration
 from dfs_jax import data, main
-from dfs_jax.training import lock, loop, metrics
+from dfs_jax.training import checkpoint, lock, loop, metrics
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import restore
@@ -243,50 +242,33 @@ def test_a_run_that_has_to_end_has_status_1(tmp_path, capsys, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-class Command:
-    """The training command on the digits as processes of their own, on one device."""
+def kill_after(workdir: Path, step: int, delay: float, *own: str) -> int:
+    """kill -9 to a run without an end, `delay` seconds after it wrote metrics of `step`.
 
-    def __init__(self, shared: Path):
-        self._options = [
-            "--config.train.epochs=0",
-            "--config.train.steps=120",
-            "--config.train.checkpoint_every=10",
-            "--config.train.eval_every=20",
-            "--config.train.log_every=5",
-            f"--config.data.dir={shared / 'data'}",
-            f"--config.train.compilation_cache={shared / 'programs'}",
-        ]
-        self._log = shared / "log"
+    Returns the last step in metrics.jsonl.
+    """
+    words = tiny_run.arguments(workdir, *own, "train.steps=1000000")
+    log = workdir.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, processes.CHILD, "-m", "dfs_jax.main", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=processes.environment(),
+        )
+    deadline = time.monotonic() + 300
+    while last_step(workdir) < step:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return last_step(workdir)
 
-    def start(self, workdir: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "dfs_jax.main", "--config", tiny_run.DIGITS]
-        # One device, and programs that are compiled as here: the same bits.
-        one = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        environment = {**os.environ, "XLA_FLAGS": one}
-        with self._log.open("w") as log:
-            return subprocess.Popen(
-                [*command, "--workdir", str(workdir), *self._options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
 
-    def finish(self, workdir: Path) -> str:
-        """Let the command end; what it printed."""
-        assert self.start(workdir).wait(timeout=300) == 0, self._log.read_text()
-        return self._log.read_text()
-
-    def kill_after(self, workdir: Path, step: int, delay: float) -> None:
-        """kill -9, `delay` seconds after metrics of `step` were written."""
-        process = self.start(workdir)
-        deadline = time.monotonic() + 300
-        while max((r["step"] for r in metrics.read_metrics(workdir)), default=0) < step:
-            assert process.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+def last_step(workdir):
+    return max((record["step"] for record in metrics.read_metrics(workdir)), default=0)
 
 
 def by_step_and_name(workdir):
@@ -300,49 +282,30 @@ def by_step_and_name(workdir):
     return found
 
 
-def final_state(workdir):
-    config = configuration.from_json((workdir / "config.json").read_text())
-    with config.unlocked():
-        config.mesh.data = 1
-    step, state = restore(prepare(config), str(workdir))
-    assert step == 120
-    return jax.device_get(state)
-
-
 @pytest.mark.slow
-def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setitem(data._LOADERS, "digits", data_digits_load)
-    command = Command(tmp_path)
+def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path):
+    own = ("train.checkpoint_every=10", "train.eval_every=20", "train.log_every=5")
+    own += ("optimizer.schedule=constant", f"train.compilation_cache={tmp_path / 'programs'}")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    command.finish(straight)
-
     seed = random.randrange(1000)
     print(f"moments from seed {seed}")
-    moments = random.Random(seed)
-    for first, last in ((1, 9), (15, 60), (60, 110)):
-        command.kill_after(killed, moments.randint(first, last), moments.uniform(0, 0.15))
+    moments, reached = random.Random(seed), 0
+    for first, last in ((1, 9), (15, 60)):
+        step = reached + moments.randint(first, last)
+        reached = kill_after(killed, step, moments.uniform(0, 0.15), *own)
         by_step_and_name(killed)
-    printed = command.finish(killed)
-    assert "going on from the checkpoint of step" in printed
+    assert checkpoint.newest_step(killed / "checkpoints")
 
+    config = tiny_run.config(*own, f"train.steps={reached + 15}")
+    ends = [loop.train_and_evaluate(config, str(workdir)) for workdir in (killed, straight)]
+    assert ends[0] == ends[1]
     assert by_step_and_name(killed) == by_step_and_name(straight)
-    found, want = final_state(killed), final_state(straight)
+    found, want = (restore(prepare(config), str(workdir)) for workdir in (killed, straight))
     assert jax.tree.structure(found) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        assert a.tobytes() == b.tobytes()
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(x)) for x in (found, want)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
     # Finished: the same command again.
     before = snapshot(killed / "checkpoints"), (killed / "metrics.jsonl").read_bytes()
-    table = printed[printed.index("test accuracy") :]
-    again = command.finish(killed)
-    assert again[again.index("test accuracy") :] == table
-    assert "\nstep " not in again
+    assert loop.train_and_evaluate(config, str(killed)) == ends[0]
     assert (snapshot(killed / "checkpoints"), (killed / "metrics.jsonl").read_bytes()) == before
-    assert json.loads((killed / "config.json").read_text())["train"]["steps"] == 120
-
-
-def data_digits_load(config):
-    """The digits through TFDS, as the command reads them."""
-    from dfs_jax.data.sets import digits
-
-    return digits.load(config)

@@ -5,6 +5,7 @@ of the right type, of wrong ones and at their ends; fields that are added are dr
 prepared in this process, and some that can be are trained for two steps.
 """
 
+import functools
 import os
 import resource
 import tempfile
@@ -77,36 +78,37 @@ def an_override(path, kind):
     return values.map(lambda text: f"{path}={text}")
 
 
-def options(section, names):
+def overrides_of(config, prefix=""):
+    """One strategy for every field of `config`."""
+    return [an_override(prefix + path, kind) for path, (_, kind) in limits.fields(config).items()]
+
+
+# Strategies are made once: making them takes longer than drawing and preparing.
+
+
+@functools.cache
+def any_field():
+    return st.one_of(overrides_of(configuration.default()))
+
+
+@functools.cache
+def some_options(section, name):
     """The choice of a network or a method, and overrides of one or two of its options."""
-
-    def of(name):
-        own = configuration.load(tiny_run.DIGITS, [f"{section}.name={name}"])[section].options
-        chosen = [
-            an_override(f"{section}.options.{path}", kind)
-            for path, (_, kind) in limits.fields(own).items()
-        ]
-        if not chosen:
-            return st.just([f"{section}.name={name}"])
-        return st.lists(st.one_of(chosen), max_size=2).map(
-            lambda more: [f"{section}.name={name}", *more]
-        )
-
-    return st.sampled_from(names).flatmap(of)
+    own = configuration.load(tiny_run.DIGITS, [f"{section}.name={name}"])[section].options
+    chosen = overrides_of(own, f"{section}.options.")
+    some = st.lists(st.one_of(chosen), max_size=2) if chosen else st.just([])
+    return some.map(lambda more: [f"{section}.name={name}", *more])
 
 
 @st.composite
 def overrides(draw, networks=True):
     """What `config.load` takes: nearly always the smallest network."""
-    every = [
-        an_override(path, kind)
-        for path, (_, kind) in limits.fields(configuration.default()).items()
-    ]
-    found = draw(st.lists(st.one_of(every), min_size=1, max_size=3))
+    found = draw(st.lists(any_field(), min_size=1, max_size=3))
     if draw(st.integers(0, 3)) == 0:
-        found += draw(options("gradients", gradients.names()))
+        found += draw(some_options("gradients", draw(st.sampled_from(gradients.names()))))
     if networks and draw(st.integers(0, 9)) == 0:
-        return [*draw(options("model", models.names())), *tiny_run.SETTINGS, *found]
+        own = draw(some_options("model", draw(st.sampled_from(models.names()))))
+        return [*own, *tiny_run.SETTINGS, *found]
     return [*tiny_run.NETWORK, *tiny_run.SETTINGS, *found]
 
 

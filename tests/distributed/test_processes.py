@@ -9,12 +9,35 @@ import jax
 import numpy as np
 import processes
 import pytest
+from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import config as configuration
+from dfs_jax import main
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import restore
 
 pytestmark = pytest.mark.slow
+
+
+def train_alone(workdir, *own):
+    """The training command in this process, on one device."""
+    own = (*own, "mesh.data=1", "train.compilation_cache=")
+    assert main.main(processes.arguments(workdir, *own)) == 0
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of 20 steps of one process, and then of 40."""
+    workdir = tmp_path_factory.mktemp("alone")
+    for steps in (20, 40):
+        train_alone(workdir, f"train.steps={steps}")
+    return workdir
+
+
+def numbers(workdir, pattern, last=20):
+    """{(step, name): value} of the metrics whose names match, up to the step `last`."""
+    found = processes.series(workdir, pattern)
+    return {key: value for key, value in found.items() if key[0] <= last}
 
 
 def final_state(workdir):
@@ -52,39 +75,26 @@ def programs():
     return {entry.name for entry in processes.KEPT.glob("*-cache")}
 
 
-@pytest.mark.parametrize(
-    ("network", "ways"),
-    [(processes.MSDNET, [(2, 4)]), (processes.VGG, [(2, 4), (4, 2)])],
-    ids=["msdnet", "vgg7"],
-)
-def test_any_number_of_processes_and_devices_trains_alike(network, ways, tmp_path):
-    losses, scores = {}, {}
-    for count, devices in ((1, 1), *ways):
-        workdir = tmp_path / f"{count}x{devices}"
-        text = processes.run(count, devices, processes.arguments(workdir, network=network))
-        assert f"process 0 of {count}, {count * devices} cpu device" in text
-        losses[count, devices] = processes.series(workdir, r"train/.*loss")
-        scores[count, devices] = processes.series(workdir, r"(eval|test)/.*top\d")
-    want, counts = losses.pop((1, 1)), scores.pop((1, 1))
+def test_processes_of_several_devices_train_as_one_device_does(alone, tmp_path):
+    text = processes.run(2, 4, processes.arguments(tmp_path))
+    assert "process 0 of 2, 8 cpu device" in text
+    want, found = (numbers(workdir, r"train/.*loss") for workdir in (alone, tmp_path))
     assert {step for step, _ in want} == set(range(1, 21))
-    for found in losses.values():
-        assert found.keys() == want.keys()
-        assert max(abs(found[key] - want[key]) for key in want) < 1e-5
-    assert all(found == counts for found in scores.values())
+    assert found.keys() == want.keys()
+    assert max(abs(found[key] - want[key]) for key in want) < 1e-5
+    scores = r"(eval|test)/.*top\d"
+    assert numbers(alone, scores) == numbers(tmp_path, scores)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_four(
-    victim, tmp_path
+@pytest.mark.parametrize(("victim", "then"), [(0, 4), (1, 1)])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_any_number(
+    victim, then, alone, tmp_path
 ):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    processes.run(1, 1, processes.arguments(whole, "train.steps=40"))
-
-    running = processes.start(2, 1, processes.arguments(broken, "train.steps=4000"))
+    running = processes.start(2, 1, processes.arguments(tmp_path, "train.steps=4000"))
     try:
         step = random.randint(7, 15)
-        processes.wait_for_step(broken, step)
-        os.kill(processes.pid_of(victim, broken), signal.SIGKILL)
+        processes.wait_for_step(tmp_path, step)
+        os.kill(processes.pid_of(victim, tmp_path), signal.SIGKILL)
         killed = time.monotonic()
         text, _ = running.communicate(timeout=60)
     finally:
@@ -96,23 +106,22 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_with_one_and_with_f
     assert "another one has died" in text or "another task died" in text
     assert "all of them end" in text
 
-    processes.run(1, 1, processes.arguments(broken, "train.steps=30"))
-    processes.run(4, 1, processes.arguments(broken, "train.steps=40"))
-    a, b = final_state(whole), final_state(broken)
+    if then == 1:
+        train_alone(tmp_path, "train.steps=40")
+    else:
+        processes.run(then, 1, processes.arguments(tmp_path, "train.steps=40"))
+    a, b = final_state(alone), final_state(tmp_path)
     assert a.step == b.step == 40
     assert largest_difference((a.params, a.batch_stats), (b.params, b.batch_stats)) < 1e-4
-    assert _final_scores(whole) == _final_scores(broken)
+    last = "test/.*top1"
+    assert numbers(alone, last, 40).items() >= numbers(tmp_path, last, 40).items() != set()
 
 
-def _final_scores(workdir):
-    """Test accuracies after the last of the 40 steps; a shorter run before left its own."""
-    series = processes.series(workdir, "test/.*top1")
-    return {name: value for (step, name), value in series.items() if step == 40}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_all_processes_which_save_together(number, tmp_path):
-    running = processes.start(2, 1, processes.arguments(tmp_path, "train.steps=4000"))
+    # One of the two as a user has it, with TensorFlow's threads and handlers.
+    words, whole = processes.arguments(tmp_path, "train.steps=4000"), number == signal.SIGTERM
+    running = processes.start(2, 1, words, whole)
     try:
         processes.wait_for_step(tmp_path, 7)
         if number == signal.SIGHUP:  # to one of them, past the script
@@ -129,12 +138,9 @@ def test_a_signal_reaches_all_processes_which_save_together(number, tmp_path):
     assert final_state(tmp_path).step == saved
 
 
-def test_fsdp_over_two_processes(tmp_path):
-    for name, own in (("plain", ()), ("spread", ("mesh.fsdp=2",))):
-        processes.run(2, 1, processes.arguments(tmp_path / name, *own))
-    plain, spread = (
-        processes.series(tmp_path / name, "(train/.*loss|test/.*top1)")
-        for name in ("plain", "spread")
-    )
+def test_fsdp_over_two_processes(alone, tmp_path):
+    processes.run(2, 1, processes.arguments(tmp_path, "mesh.fsdp=2"))
+    pattern = "(train/.*loss|test/.*top1)"
+    plain, spread = numbers(alone, pattern), numbers(tmp_path, pattern)
     assert plain.keys() == spread.keys()
     assert max(abs(plain[key] - spread[key]) for key in plain) < 1e-5

@@ -13,6 +13,7 @@ a full disk need the right to mount a small file system, and are left out withou
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -192,6 +193,9 @@ def close_terminal(random: random.Random, start: int) -> Callable[[], None]:
     return terminate(random, start, signal.SIGHUP)
 
 
+_STATUS = dict.fromkeys((terminate, press_ctrl_c, close_terminal), 1)  # else killed
+
+
 # Trials.
 
 
@@ -231,17 +235,21 @@ class Trials:
         if _numbers(self.workdir) != self._want[1]:
             raise Wrong("metrics.jsonl differs")
 
-    def ended_by(self, fault: Callable, status: int, trials: int) -> Iterator[int]:
-        """Steps lost in each of `trials` ends of runs; each run is ended again and again."""
+    def ended_by(self, *faults: Callable, trials: int) -> Iterator[int]:
+        """Steps lost in each of `trials` ends of runs; each run is ended again and again.
+
+        Several `faults` take turns.
+        """
         done = 0
         while done < trials:
-            self._start(self._folder / fault.__name__)
+            self._start(self._folder / "ended")
             expected = None
             while True:
                 under_way = done + (expected is not None)
-                ending = fault if under_way < trials else None
+                fault = faults[under_way % len(faults)]
                 newest = _newest(self.workdir)
-                code = self._train(ending(self.random, newest) if ending else lambda: None)
+                happening = fault(self.random, newest) if under_way < trials else lambda: None
+                code = self._train(happening)
                 if expected is not None:
                     reached, kept = expected
                     resumed = self._resumed_from()
@@ -251,6 +259,7 @@ class Trials:
                     yield reached - resumed
                 if code == 0:
                     break
+                status = _STATUS.get(fault, -signal.SIGKILL)
                 if code != status:
                     raise Wrong(f"exit status {code} instead of {status}:\n{self._log()}")
                 if status == 1 and "error: told to end: step" not in self._log():
@@ -373,13 +382,20 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 def lines(trials: Trials, disk: Path | None, count: int) -> dict[str, Callable[[], Iterator[int]]]:
     """The table's lines: name -> the trials."""
+    ends = {
+        "kill -9 during a step": kill_in_step,
+        "kill -9 during a save": kill_in_save,
+        "kill -9 during an evaluation": kill_in_evaluation,
+        "SIGTERM": terminate,
+        "Ctrl-C": press_ctrl_c,
+        "a closed terminal (SIGHUP)": close_terminal,
+    }
     table = {
-        "kill -9 during a step": lambda: trials.ended_by(kill_in_step, -9, count),
-        "kill -9 during a save": lambda: trials.ended_by(kill_in_save, -9, count),
-        "kill -9 during an evaluation": lambda: trials.ended_by(kill_in_evaluation, -9, count),
-        "SIGTERM": lambda: trials.ended_by(terminate, 1, count),
-        "Ctrl-C": lambda: trials.ended_by(press_ctrl_c, 1, count),
-        "a closed terminal (SIGHUP)": lambda: trials.ended_by(close_terminal, 1, count),
+        name: functools.partial(trials.ended_by, fault, trials=count)
+        for name, fault in ends.items()
+    }
+    table |= {
+        "all of these in turn": lambda: trials.ended_by(*ends.values(), trials=6 * count),
         "newest checkpoint truncated": lambda: trials.damaged_by(damage.truncated, count),
         "newest checkpoint bit-flipped": lambda: trials.damaged_by(damage.bit_flipped, count),
         "newest checkpoint emptied": lambda: trials.damaged_by(damage.emptied, count),

@@ -1,5 +1,7 @@
 """Every method of the presets learns the digits, and goes on after an interruption."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -40,28 +42,42 @@ def test_the_deepest_exit_learns(preset):
     assert last[-1] < 0.6 * first[-1], (first, last)
 
 
-@pytest.mark.parametrize("step", [7, 11])
-@pytest.mark.parametrize("preset", STATEFUL)
-def test_a_method_with_a_state_goes_on_to_the_same_bits(preset, step, tmp_path, monkeypatch):
-    """Meta-GF is left amid the second exit's phase, and amid the fusion."""
-    c = config(preset, "train.checkpoint_every=2", *STATEFUL[preset])
-    ends = []
-    for name, stopped_at in (("straight", None), ("resumed", step)):
-        workdir = str(tmp_path / name)
-        if stopped_at is not None:
-            with monkeypatch.context() as patch:
-                patch.setattr(progress.Reporter, "step_done", _ending(stopped_at))
-                with pytest.raises(KeyboardInterrupt):
-                    loop.train_and_evaluate(c, workdir)
-            run = prepare(c)
-            reached, state = restore(run, workdir)
-            assert reached == stopped_at - 1
-            # Losing the state would be noticed.
-            fresh = initial_state(run).method_state
-            assert not _same_bits(state.method_state, fresh)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The final state of a method's uninterrupted run."""
+
+    @functools.cache
+    def of(preset):
+        c, workdir = stateful(preset), str(tmp_path_factory.mktemp(preset))
         loop.train_and_evaluate(c, workdir)
-        ends.append(jax.device_get(restore(prepare(c), workdir)[1]))
-    assert _same_bits(*ends)
+        return jax.device_get(restore(prepare(c), workdir)[1])
+
+    return of
+
+
+def stateful(preset):
+    return config(preset, "train.checkpoint_every=2", *STATEFUL[preset])
+
+
+@pytest.mark.parametrize(
+    ("preset", "step"), [("meta_gf", 7), ("meta_gf", 11), ("nash_mtl", 7), ("wpn", 7)]
+)
+def test_a_method_with_a_state_goes_on_to_the_same_bits(
+    preset, step, straight, tmp_path, monkeypatch
+):
+    """Meta-GF is left amid the second exit's phase, and amid the fusion."""
+    c, workdir = stateful(preset), str(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Reporter, "step_done", _ending(step))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_and_evaluate(c, workdir)
+    run = prepare(c)
+    reached, state = restore(run, workdir)
+    assert reached == step - 1
+    # Losing the state would be noticed.
+    assert not _same_bits(state.method_state, initial_state(run).method_state)
+    loop.train_and_evaluate(c, workdir)
+    assert _same_bits(jax.device_get(restore(run, workdir)[1]), straight(preset))
 
 
 def _same_bits(one, other):
