@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from dfs_jax.interop import names, prefixes
+from dfs_jax.models import traced
 from dfs_jax.models.multi_exit import MultiExit
 
 log = logging.getLogger(__name__)
@@ -202,8 +203,7 @@ def _smallest(network: MultiExit) -> tuple[int, int, int, int]:
 
 
 def _shapes(network: MultiExit, image_shape: tuple[int, ...]) -> Variables:
-    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)
+    return traced.variables(network, jax.ShapeDtypeStruct(image_shape, jnp.float32))
 
 
 def _misfits(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> dict[str, str]:
