@@ -59,11 +59,14 @@ def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array)
     images = jnp.zeros(_image_shape(network, translation, given))
     # Many small random draws that run once: compiling them well would take longer.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    initial = jax.jit(network.init, compiler_options=quick)(rng, images)
-    fresh = traverse_util.flatten_dict(initial, sep="/")
     loaded = traverse_util.flatten_dict(_assembled(taken, given), sep="/")
-    merged = {path: np.asarray(loaded.get(path, value)) for path, value in fresh.items()}
-    return traverse_util.unflatten_dict(merged, sep="/")
+
+    def others(rng, images):
+        initial = traverse_util.flatten_dict(network.init(rng, images), sep="/")
+        return {path: value for path, value in initial.items() if path not in loaded}
+
+    fresh = jax.device_get(jax.jit(others, compiler_options=quick)(rng, images))
+    return traverse_util.unflatten_dict(loaded | fresh, sep="/")
 
 
 def to_state_dict(network: MultiExit, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
