@@ -118,7 +118,7 @@ def _outputs(case: Case, differences: Differences):
     differences.check("eval cross-entropy", ce, g["eval_exit_ce"])
     for i, feature in enumerate(features):
         differences.check(f"eval feature {i}", stats(feature), g["eval_feature_stats"][i])
-    at = case.gradients()
+    at = case.at_start()
     differences.check("logits", at.logits[..., : g["train_logits"].shape[-1]], g["train_logits"])
     differences.check("cross-entropy", at.exit_ce, g["train_exit_ce"])
     for i, feature in enumerate(at.features):
@@ -130,7 +130,7 @@ def _outputs(case: Case, differences: Differences):
 def _losses(case: Case, differences: Differences):
     g = case.golden
     for loss in case.meta["losses"]:
-        at = case.gradients(loss=loss)
+        at = case.at_start(loss)
         differences.check(loss, at.loss, g[f"train_{loss}_loss"])
         recorded = zip(
             case.names, g[f"train_{loss}_grad_stats"], g[f"train_{loss}_grad_none"], strict=True

@@ -13,7 +13,7 @@ from jax import lax
 
 from dfs_jax.surgery import Partitioned, Surgery, conv, dense
 
-PROPERTY = settings(max_examples=15, deadline=None)
+PROPERTY = settings(max_examples=8, deadline=None)
 BETAS = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 0.9, 1.0])
 MODES = ("joint", "partition", "own", "all")
 
@@ -53,8 +53,8 @@ def lax_conv(x, kernel, strides, padding, groups=1):
     )
 
 
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def masked(x: jax.Array, live) -> jax.Array:
@@ -70,10 +70,10 @@ def assert_close(ours, theirs, tolerance=1e-10):
     )
 
 
-def assert_same(ours, theirs, *arguments):
+def assert_same(ours, theirs, *arguments, tolerance=1e-10):
     """Two functions of the same arguments, in one compilation: these take most of the time."""
     both = jax.jit(lambda *arguments: (ours(*arguments), theirs(*arguments)))
-    assert_close(*both(*arguments))
+    assert_close(*both(*arguments), tolerance)
 
 
 ranges = st.lists(st.integers(0, 9), min_size=2, max_size=6).map(
@@ -145,9 +145,7 @@ def test_depthwise_convolution_follows_the_definition(live, multiplier, seed):
     def theirs(x, kernel):
         return jnp.sum(jnp.sin(lax_conv(masked(x, live), kernel, (2, 2), ((1, 1),) * 2, 9)))
 
-    assert_close(
-        jax.value_and_grad(ours, (0, 1))(x, kernel), jax.value_and_grad(theirs, (0, 1))(x, kernel)
-    )
+    assert_same(jax.value_and_grad(ours, (0, 1)), jax.value_and_grad(theirs, (0, 1)), x, kernel)
 
 
 @pytest.mark.slow
@@ -160,7 +158,7 @@ def test_gradient_of_gradient_follows_the_definition(live, seed):
         def squared_gradients(x, kernel):
             return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, kernel))
 
-        return jax.grad(squared_gradients, (0, 1))(x, kernel)
+        return jax.grad(squared_gradients, (0, 1))
 
     def ours(x, kernel):
         return jnp.sum(conv(Partitioned(x, live), kernel, padding=1) ** 3)
@@ -168,7 +166,7 @@ def test_gradient_of_gradient_follows_the_definition(live, seed):
     def theirs(x, kernel):
         return jnp.sum(lax_conv(masked(x, live), kernel, (1, 1), ((1, 1),) * 2) ** 3)
 
-    assert_close(penalty(ours), penalty(theirs), 1e-9)
+    assert_same(penalty(ours), penalty(theirs), x, kernel, tolerance=1e-9)
 
 
 @PROPERTY
@@ -199,10 +197,11 @@ def test_transformations_keep_values_and_gradients(transform):
         return jnp.sum(jnp.sin(conv(Partitioned(x, ((1, 3), (4, 5))), kernel, padding=1)))
 
     gradients = jax.grad(loss, (0, 1))
-    expected = [gradients(example, kernel) for example in x]
+    one = jax.jit(gradients)
+    expected = [jax.device_get(one(example, kernel)) for example in x]
     if transform == "vmap":
         dx, dk = jax.vmap(gradients, in_axes=(0, None))(x, kernel)
-        assert_close(dx, jnp.stack([e[0] for e in expected]))
+        assert_close(dx, np.stack([e[0] for e in expected]))
         assert_close(dk, jnp.stack([e[1] for e in expected]))
         return
     if transform == "sharding":
@@ -210,7 +209,7 @@ def test_transformations_keep_values_and_gradients(transform):
         spec = jax.sharding.PartitionSpec("data")
         batch = jax.device_put(x.reshape(16, 4, 4, 6), jax.sharding.NamedSharding(mesh, spec))
         dx, dk = jax.jit(gradients)(batch, kernel)
-        assert_close(dx, jnp.concatenate([e[0] for e in expected]))
+        assert_close(dx, np.concatenate([e[0] for e in expected]))
         assert_close(dk, sum(e[1] for e in expected))
         return
     wrapped = jax.jit(gradients) if transform == "jit" else jax.grad(jax.remat(loss), (0, 1))

@@ -93,12 +93,12 @@ def test_the_definition_as_written_saves_nothing():
 @pytest.mark.parametrize(
     ("name", "side", "batch", "betas"),
     [
-        ("msdnet_cifar100", 32, 8, (0.1, 0.5, 0.9)),
+        ("msdnet_cifar100", 32, 8, (0.1, 0.9)),
         ("msdnet_imagenet", 224, 2, (0.5,)),
-        ("resnet18_cifar100", 32, 8, (0.1, 0.5, 0.9)),
+        ("resnet18_cifar100", 32, 8, (0.1, 0.9)),
         ("vgg7_cifar100", 32, 8, (0.1, 0.3, 0.5, 0.7, 0.9)),
-        ("vgg16_imagenet", 64, 2, (0.1, 0.5, 0.9)),
-        ("vit_tiny_patch16", 224, 2, (0.1, 0.5, 0.9)),
+        ("vgg16_imagenet", 64, 2, (0.5,)),
+        ("vit_tiny_patch16", 224, 2, (0.1, 0.9)),
     ],
 )
 def test_saving_of_every_network_is_what_its_definition_allows(name, side, batch, betas):

@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from dfs_jax.interop import names, prefixes
+from dfs_jax.models import traced
 from dfs_jax.models.multi_exit import MultiExit
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,14 @@ def from_backbone(network: MultiExit, arrays: Mapping[str, Any], rng: jax.Array)
     images = jnp.zeros(_image_shape(network, translation, given))
     # Many small random draws that run once: compiling them well would take longer.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    initial = jax.jit(network.init, compiler_options=quick)(rng, images)
-    fresh = traverse_util.flatten_dict(initial, sep="/")
     loaded = traverse_util.flatten_dict(_assembled(taken, given), sep="/")
-    merged = {path: np.asarray(loaded.get(path, value)) for path, value in fresh.items()}
-    return traverse_util.unflatten_dict(merged, sep="/")
+
+    def others(rng, images):
+        initial = traverse_util.flatten_dict(network.init(rng, images), sep="/")
+        return {path: value for path, value in initial.items() if path not in loaded}
+
+    fresh = jax.device_get(jax.jit(others, compiler_options=quick)(rng, images))
+    return traverse_util.unflatten_dict(loaded | fresh, sep="/")
 
 
 def to_state_dict(network: MultiExit, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -202,8 +206,7 @@ def _smallest(network: MultiExit) -> tuple[int, int, int, int]:
 
 
 def _shapes(network: MultiExit, image_shape: tuple[int, ...]) -> Variables:
-    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)
+    return traced.variables(network, jax.ShapeDtypeStruct(image_shape, jnp.float32))
 
 
 def _misfits(places: Mapping[str, _Place], given: Mapping[str, np.ndarray]) -> dict[str, str]:

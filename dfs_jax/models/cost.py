@@ -28,6 +28,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from dfs_jax.models import traced
 from dfs_jax.ops import tags
 
 CONVENTIONS = ("published", "multiply_adds")
@@ -63,8 +64,7 @@ def exit_costs(network: Any, batch: Any, *, convention: str = "published") -> Ex
         raise ValueError(
             f"unknown convention {convention!r} of cost; known: {', '.join(CONVENTIONS)}"
         )
-    variables, carry = _variables(network, batch), batch
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables[0])]
+    sizes, segments, heads, all_heads = _counted(network, batch)
 
     def flops(cost: _Cost) -> int:
         return cost.products + (cost.others if convention == "published" else 0)
@@ -72,27 +72,14 @@ def exit_costs(network: Any, batch: Any, *, convention: str = "published") -> Ex
     def parameters(cost: _Cost) -> int:
         return sum(size for k, size in enumerate(sizes) if cost.reads & _parameter(k))
 
-    segments, heads = [], []
-    told: tuple[Any, ...] = ()  # logits of the exit before, where exits see them
-    for i in itertools.count():
-        advance = functools.partial(_advance, network, i)
-        cost, (carry, exit_input) = _trace(advance, variables, carry)
-        segments.append(cost)
-        # Without what only the feature needs: the adapters.
-        head = functools.partial(_logits, network, i)
-        cost, logits = _trace(head, variables, (exit_input, *told), prune=True)
-        heads.append(cost)
-        if getattr(network, "collaboration", False):
-            told = (logits,)
-        if carry is None:
-            break
     return ExitCosts(
-        **_per_exit(segments, heads, flops, all_heads=bool(told)),
+        **_per_exit(segments, heads, flops, all_heads=all_heads),
         convention=convention,
-        parameters=PerExit(**_per_exit(segments, heads, parameters, all_heads=bool(told))),
+        parameters=PerExit(**_per_exit(segments, heads, parameters, all_heads=all_heads)),
     )
 
 
+@traced.once
 def minimal_training_multiply_adds(network: Any, batch: Any) -> int:
     """The fewest multiply-adds with which `batch` can train all exits of `network` together.
 
@@ -128,6 +115,36 @@ class _Cost(NamedTuple):
         return _Cost(*(count * number for number in self[:3]), self.reads)
 
 
+class _Counted(NamedTuple):
+    """What a network costs, whatever the convention."""
+
+    sizes: list[int]  # of the parameters
+    segments: list[_Cost]
+    heads: list[_Cost]
+    all_heads: bool  # whether an exit needs those of the exits before it
+
+
+@traced.once
+def _counted(network: Any, batch: Any) -> _Counted:
+    variables, carry = _variables(network, batch), batch
+    segments, heads = [], []
+    told: tuple[Any, ...] = ()  # logits of the exit before, where exits see them
+    for i in itertools.count():
+        advance = functools.partial(_advance, network, i)
+        cost, (carry, exit_input) = _trace(advance, variables, carry)
+        segments.append(cost)
+        # Without what only the feature needs: the adapters.
+        head = functools.partial(_logits, network, i)
+        cost, logits = _trace(head, variables, (exit_input, *told), prune=True)
+        heads.append(cost)
+        if getattr(network, "collaboration", False):
+            told = (logits,)
+        if carry is None:
+            break
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables[0])]
+    return _Counted(sizes, segments, heads, bool(told))
+
+
 # A value's sources say which inputs it depends on: bit 0 for all that is not a parameter, bit
 # k + 1 for parameter k. A value without sources is a constant of the program.
 _DATA = 1
@@ -154,7 +171,7 @@ def _all_logits(network: Any, params: Any, others: Any, batch: Any) -> tuple[jax
 
 def _variables(network: Any, batch: Any) -> tuple[Any, Any]:
     """(parameters, other variables) as shapes and types."""
-    variables = dict(jax.eval_shape(lambda x: network.init(jax.random.key(0), x), batch))
+    variables = dict(traced.variables(network, batch))
     return variables.pop("params", {}), variables
 
 

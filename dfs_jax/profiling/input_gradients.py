@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from dfs_jax.models import traced
 from dfs_jax.ops import compiler, tags
 from dfs_jax.profiling import timing
 from dfs_jax.profiling.timing import Clock
@@ -97,7 +98,7 @@ class _Layer(NamedTuple):
 def _layers(network: Any, shape: tuple[int, ...]) -> list[_Layer]:
     """Convolutions and dense layers of `network` in training mode, in order."""
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    variables = traced.variables(network, images)
 
     def apply(variables, images):
         rngs = {"dropout": jax.random.key(0)}

@@ -20,7 +20,7 @@ from dfs_jax.config.errors import shown
 from dfs_jax.data import pipeline
 from dfs_jax.distributed import placement
 from dfs_jax.gradients import GradientMethod
-from dfs_jax.models import MultiExit
+from dfs_jax.models import MultiExit, traced
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 from dfs_jax.training import data_record, freeze, optim
@@ -87,8 +87,7 @@ def prepare(
 
 def _parameters(run: Run) -> Any:
     """The network's parameters, as shapes."""
-    batch = run.data.spec.batch(2)
-    return jax.eval_shape(lambda x: run.network.init(jax.random.key(0), x), batch)["params"]
+    return traced.variables(run.network, run.data.spec.batch(2))["params"]
 
 
 def _total_steps(config: ml_collections.ConfigDict, steps_per_epoch: float) -> int:

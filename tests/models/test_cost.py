@@ -27,12 +27,12 @@ from dfs_jax.surgery import Surgery
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "flops.json").read_text())
 
 
-@pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_columns(name, adapters):
+def test_golden_columns(name):
+    """With adapters, which count nothing."""
     golden = GOLDEN[name]
     network = create_model(
-        name, num_classes=golden["num_classes"], surgery=Surgery(), adapters=adapters
+        name, num_classes=golden["num_classes"], surgery=Surgery(), adapters=True
     )
     costs = exit_costs(network, image(*golden["image_shape"]))
     counted = {
@@ -44,13 +44,12 @@ def test_golden_columns(name, adapters):
     for column, numbers in counted.items():
         if column in golden:
             assert list(numbers) == golden[column], column
+    if name.startswith("msdnet"):
+        _assert_every_printed_digit(name, costs)
 
 
-@pytest.mark.parametrize("name", ["msdnet_cifar100", "msdnet_imagenet"])
-def test_published_columns_to_every_printed_digit(name):
+def _assert_every_printed_digit(name, costs):
     golden = GOLDEN[name]
-    network = create_model(name, num_classes=golden["num_classes"], surgery=Surgery())
-    costs = exit_costs(network, image(*golden["image_shape"]))
     column, unit = ("published_flops_M", 1e6) if "cifar" in name else ("published_flops_G", 1e9)
     assert [round(cost / unit, 2) for cost in costs.cumulative] == golden[column]
     parameters = [round(count / 1e6, 2) for count in costs.parameters.cumulative]
@@ -155,16 +154,22 @@ def test_live_channels_of_a_convolution(depthwise):
     assert minimal_training_multiply_adds(network, image(5, 5, 8)) == products * (2 + 3 / 8)
 
 
-@pytest.mark.parametrize("name", ["vgg7_cifar100", "resnet18_cifar100", "msdnet_cifar100"])
-def test_surgery_does_not_change_the_cost(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vgg7_cifar100", {"widths": ((4, 4), (6,))}),
+        ("resnet18_cifar100", {"width": 4}),
+        ("msdnet_cifar100", {"steps": (1, 1, 1), "initial": 4, "growth": 4}),
+    ],
+)
+def test_surgery_does_not_change_the_cost(name, options):
     choices = [
         Surgery(partition=False),
-        Surgery(beta=0.0),
-        Surgery(beta=0.25, referencing=False),
+        Surgery(beta=0.0, referencing=False),
         Surgery(beta=1.0, exit_gradient="all"),
     ]
     counts = {
-        exit_costs(create_model(name, num_classes=10, surgery=choice), image(32, 32, 3))
+        exit_costs(create_model(name, num_classes=10, surgery=choice, **options), image(32, 32, 3))
         for choice in choices
     }
     assert len(counts) == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.interpreters import partial_eval
-from test_networks import quickly
+from test_networks import ONE_OF_A_KIND, quickly
 
 from dfs_jax import models
 from dfs_jax.models.layers import split_torch_default
@@ -55,7 +55,7 @@ def assert_uniform(kernel: np.ndarray) -> None:
     np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=2 / np.sqrt(kernel.size))
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_initial_weights_do_not_depend_on_surgery(name):
     first, *others = (drawing(build(name, surgery)) for surgery in SURGERIES)
     assert "random_bits" in first

@@ -66,8 +66,8 @@ def last_bias_gradients(surgery: Surgery, bottleneck: bool) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
-@pytest.mark.parametrize("beta", [0.25, 0.5])
-def test_each_exit_trains_its_own_channels(bottleneck, beta):
+def test_each_exit_trains_its_own_channels(bottleneck):
+    beta = 0.25
     for i, by_exit in enumerate(last_bias_gradients(Surgery(beta=beta), bottleneck)):
         channels = WIDTH * 2**i * (4 if bottleneck else 1)
         cut = round(beta * channels)
@@ -138,7 +138,13 @@ def test_odd_sizes(shape):
 
 def test_initialisation():
     model = ResNet(num_classes=50, surgery=Surgery(), depths=(1, 1, 1), width=32)
-    params = jax.jit(model.init)(jax.random.key(0), random(0, 1, 4, 4, 3))["params"]
+
+    @quickly
+    def draw(key, images):
+        params = model.init(key, images)["params"]
+        return {name: params[name] for name in ("layers_2_0", "exits_0", "exits_1", "bn1")}
+
+    params = draw(jax.random.key(0), random(0, 1, 4, 4, 3))
     kernel = params["layers_2_0"]["conv2"]["kernel"]
     assert np.std(kernel) == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.02)
     # A depthwise kernel too counts all its output channels.

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import settings
 
-PROPERTY = settings(max_examples=8, deadline=None)
+PROPERTY = settings(max_examples=5, deadline=None)
 
 
-def random(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def assert_equal_with_gradients(ours, theirs, *arrays):
@@ -29,6 +29,7 @@ def assert_equal_with_gradients(ours, theirs, *arrays):
     def everything(*arrays):
         return [[what(f, *arrays) for what in (gradients, curvature)] for f in (ours, theirs)]
 
-    for a, b in zip(*map(jax.tree.leaves, everything(*arrays)), strict=True):
-        scale = max(1.0, float(jnp.max(jnp.abs(b))))
+    found = jax.device_get(everything(*arrays))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        scale = max(1.0, np.abs(b).max())
         np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-10)
