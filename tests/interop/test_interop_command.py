@@ -71,7 +71,8 @@ def test_the_workdir_is_that_of_a_run(loaded):
 def test_averages_begin_with_the_weights(tmp_path):
     entries = _weights()
     write_weights(tmp_path / "w.npz", entries)
-    arguments = ["--config", tiny_run.DIGITS, "--config.train.ema=0.9", "--network=msdnet_digits"]
+    arguments = ["--config", tiny_run.DIGITS, "--config.train.ema=0.9", "--config.mesh.data=1"]
+    arguments += ["--network", "msdnet_digits"]
     arguments += ["--weights", str(tmp_path / "w.npz"), "--workdir", str(tmp_path / "run")]
     assert main(arguments) == 0
     found = read_weights_of_run(str(tmp_path / "run")).values
