@@ -187,35 +187,26 @@ def _first_state(
     image_shape: tuple[int, int, int],
     variables: Mapping[str, Any],
 ) -> Any:
-    """The state of a run of `config` before its first step, but for its weights.
+    """The state of a run of `config` before its first step, with `variables` as its weights.
 
     Needs no data: all that a state depends on is the shape of the images.
     """
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     objective = create_objective(config, network.num_exits)
     spec = Spec(config.data.name, inputs.images(image_shape), network.num_classes, (), 0, 0, 0)
-    state = initial_state(
-        Run(
-            config,
-            data.Data(train=None, validation=None, test=None, spec=spec),
-            network,
-            objective,
-            create_method(config, network, objective),
-            optimizer,
-            schedule,
-            placement.create_mesh(config),
-            steps_per_epoch=1.0,
-            total_steps=1,
-        )
+    run = Run(
+        config,
+        data.Data(train=None, validation=None, test=None, spec=spec),
+        network,
+        objective,
+        create_method(config, network, objective),
+        optimizer,
+        schedule,
+        placement.create_mesh(config),
+        steps_per_epoch=1.0,
+        total_steps=1,
     )
-
-    def placed(value, like):
-        return jax.device_put(np.asarray(value).astype(like.dtype), like.sharding)
-
-    return state.replace(
-        params=jax.tree.map(placed, variables["params"], state.params),
-        batch_stats=jax.tree.map(placed, variables.get("batch_stats", {}), state.batch_stats),
-    )
+    return initial_state(run, variables)
 
 
 def _export(arguments: argparse.Namespace) -> None:

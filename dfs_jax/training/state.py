@@ -4,7 +4,7 @@ That is the workdir's newest checkpoint, else the weights of `train.init_from`, 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -15,6 +15,7 @@ from etils import epath
 
 from dfs_jax.config import ConfigError
 from dfs_jax.distributed import placement
+from dfs_jax.models import traced
 from dfs_jax.training import checkpoint
 from dfs_jax.training.run import Run
 
@@ -184,44 +185,53 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def initial_state(run: Run) -> TrainState:
-    """Fresh weights, drawn from the configuration's seed, placed on the mesh."""
+def initial_state(run: Run, variables: Mapping[str, Any] | None = None) -> TrainState:
+    """The state before the first step, placed on the mesh.
+
+    With fresh weights, drawn from the configuration's seed, or with `variables`.
+    """
     # Hundreds of small random draws that run once: compiling them well would take longer.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    placement = state_placement(run)
-    return jax.jit(_create_state(run), out_shardings=placement, compiler_options=quick)()
+
+    def create(variables):
+        if variables is None:
+            example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.data.spec.batch(1))
+            variables = run.network.init(jax.random.key(run.config.seed), example)
+        return _state(run, variables)
+
+    return jax.jit(create, out_shardings=state_placement(run), compiler_options=quick)(variables)
 
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes, types and placement of the state, without computing it."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(_create_state(run)),
+        _shapes(run),
         state_placement(run),
     )
 
 
 def state_placement(run: Run) -> TrainState:
     """Where each array of the state lives: spread over the fsdp axis, statistics replicated."""
-    state = jax.eval_shape(_create_state(run))
+    state = _shapes(run)
     return placement.spread(run.mesh, state).replace(
         batch_stats=jax.tree.map(lambda _: placement.replicated(run.mesh), state.batch_stats)
     )
 
 
-def _create_state(run: Run) -> Callable[[], TrainState]:
-    def create():
-        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.data.spec.batch(1))
-        variables = run.network.init(jax.random.key(run.config.seed), example)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        averages = {"params": params, "batch_stats": batch_stats}
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=run.optimizer.init(params),
-            method_state=run.method.init(params),
-            ema=jax.tree.map(jnp.copy, averages) if run.config.train.ema else None,
-        )
+def _shapes(run: Run) -> TrainState:
+    variables = traced.variables(run.network, run.data.spec.batch(1))
+    return jax.eval_shape(lambda variables: _state(run, variables), variables)
 
-    return create
+
+def _state(run: Run, variables: Mapping[str, Any]) -> TrainState:
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    averages = {"params": params, "batch_stats": batch_stats}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=run.optimizer.init(params),
+        method_state=run.method.init(params),
+        ema=jax.tree.map(jnp.copy, averages) if run.config.train.ema else None,
+    )

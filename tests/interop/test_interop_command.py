@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny_run
 
 from dfs_jax.interop.__main__ import main
 from dfs_jax.interop.files import read_weights, write_weights
@@ -14,6 +15,7 @@ from dfs_jax.surgery import Surgery
 from dfs_jax.training import lineage
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import prepare
+from dfs_jax.training.state import read_weights as read_weights_of_run
 from dfs_jax.training.state import restore
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
@@ -64,6 +66,17 @@ def test_the_workdir_is_that_of_a_run(loaded):
     told = lineage.warning(config, str(workdir))
     assert str(workdir.parent / "w.npz") in told
     assert "not known whether they were trained on the images that are held out here" in told
+
+
+def test_averages_begin_with_the_weights(tmp_path):
+    entries = _weights()
+    write_weights(tmp_path / "w.npz", entries)
+    arguments = ["--config", tiny_run.DIGITS, "--config.train.ema=0.9", "--config.mesh.data=1"]
+    arguments += ["--network", "msdnet_digits"]
+    arguments += ["--weights", str(tmp_path / "w.npz"), "--workdir", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    found = read_weights_of_run(str(tmp_path / "run")).values
+    jax.tree.map(np.testing.assert_array_equal, found, from_state_dict(_network(), entries))
 
 
 def test_what_went_in_comes_out(loaded, tmp_path, capsys):

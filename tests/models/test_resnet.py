@@ -142,16 +142,16 @@ def test_initialisation():
     @quickly
     def draw(key, images):
         params = model.init(key, images)["params"]
-        return {name: params[name] for name in ("layers_2_0", "exits_0", "exits_1", "bn1")}
+        depthwise = params["exits_1"]["attention"]["sep"]["depthwise1"]["kernel"]
+        conv = params["layers_2_0"]["conv2"]["kernel"]
+        return conv, depthwise, params["exits_0"]["fc"], params["bn1"]
 
-    params = draw(jax.random.key(0), random(0, 1, 4, 4, 3))
-    kernel = params["layers_2_0"]["conv2"]["kernel"]
+    kernel, depthwise, dense, norm = draw(jax.random.key(0), random(0, 1, 4, 4, 3))
     assert np.std(kernel) == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.02)
     # A depthwise kernel too counts all its output channels.
-    kernel = params["exits_1"]["attention"]["sep"]["depthwise1"]["kernel"]
-    assert kernel.shape == (3, 3, 1, 64)
-    assert np.std(kernel) == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
-    for leaf in params["exits_0"]["fc"].values():
+    assert depthwise.shape == (3, 3, 1, 64)
+    assert np.std(depthwise) == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
+    for leaf in dense.values():
         assert 0.9 < np.abs(leaf).max() * math.sqrt(128) <= 1
-    assert np.all(params["bn1"]["scale"] == 1)
-    assert np.all(params["bn1"]["bias"] == 0)
+    assert np.all(norm["scale"] == 1)
+    assert np.all(norm["bias"] == 0)
