@@ -16,8 +16,7 @@ from dfs_jax import config as configuration
 from dfs_jax import data
 from dfs_jax.data.input import in_memory
 from dfs_jax.distributed import placement
-from dfs_jax.models import cost
-from dfs_jax.training import counts, loop, progress
+from dfs_jax.training import counts, loop
 from dfs_jax.training import run as run_module
 from dfs_jax.training import state as state_module
 from dfs_jax.training.state import initial_state
@@ -128,14 +127,12 @@ def traced_once():
         run = run_module.prepare(config, workdir)
         return first(run)._replace(config=run.config, data=run.data)
 
-    costs = functools.cache(cost.exit_costs)
     return (
         (loop, "prepare", prepare),
         (loop, "make_train_step", once(make_train_step, pieces)),
         (loop, "batch_counter", functools.cache(counts.batch_counter)),
-        (loop, "exit_costs", costs),
-        (progress, "exit_costs", costs),
-        (state_module, "_create_state", once(state_module._create_state, pieces)),
+        (state_module, "_creator", once(state_module._creator, pieces)),
+        (state_module, "_shapes", once(state_module._shapes, pieces)),
     )
 
 

@@ -4,7 +4,7 @@ That is the workdir's newest checkpoint, else the weights of `train.init_from`, 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -190,6 +190,10 @@ def initial_state(run: Run, variables: Mapping[str, Any] | None = None) -> Train
 
     With fresh weights, drawn from the configuration's seed, or with `variables`.
     """
+    return _creator(run)(variables)
+
+
+def _creator(run: Run) -> Callable[[Mapping[str, Any] | None], TrainState]:
     # Hundreds of small random draws that run once: compiling them well would take longer.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
@@ -199,7 +203,7 @@ def initial_state(run: Run, variables: Mapping[str, Any] | None = None) -> Train
             variables = run.network.init(jax.random.key(run.config.seed), example)
         return _state(run, variables)
 
-    return jax.jit(create, out_shardings=state_placement(run), compiler_options=quick)(variables)
+    return jax.jit(create, out_shardings=state_placement(run), compiler_options=quick)
 
 
 def abstract_state(run: Run) -> TrainState:
