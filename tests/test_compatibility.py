@@ -11,6 +11,7 @@ from tiny_run import few_digits  # noqa: F401
 
 from dfs_jax import ablate, main
 from dfs_jax import config as configuration
+from dfs_jax.config.presets import METHODS
 from dfs_jax.early_exit.bundle import EarlyExit
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.run import prepare
@@ -93,4 +94,4 @@ def test_configuration_files_of_before_are_read(tmp_path):
     assert config.gradients.options.final_loss
     assert config.model.options.growth == 4
     _, runs = ablate.load(str(tmp_path / "grid.py"))
-    assert len(runs) == 22
+    assert len(runs) == 2 * len(METHODS)
