@@ -123,6 +123,7 @@ class Case:
         self.buffer_names = [n for n, *_ in entries if ".running_" in n]
         values = {n: fill(n, shape, self.meta["conv_gain"]) for n, shape, _ in entries}
         self.state_dict = {n: v.astype(dtype) if v.ndim else v for n, v in values.items()}
+        self.variables = from_state_dict(self.network, self.state_dict)
         images, self.labels = inputs(
             self.meta["input_seed"],
             self.meta["batch"],
@@ -144,8 +145,7 @@ class Case:
             out = out[0] if train else out
             return jnp.stack(out.logits), self._exit_ce(out.logits), out.features
 
-        variables = from_state_dict(self.network, self.state_dict)
-        logits, ce, features = jax.device_get(run(variables, self.images))
+        logits, ce, features = jax.device_get(run(self.variables, self.images))
         return logits, ce, [channels_first(f) for f in features]
 
     def at_start(self, loss: str = "ce") -> Gradients:
@@ -168,7 +168,7 @@ class Case:
         gamma = settings["loss_coefficient"] if settings["useKD"] else 0.0
         coefficient = settings["feature_loss_coefficient"] if settings["useFD"] else 0.0
         weights = np.ones(self.num_exits) if exit_weights is None else exit_weights
-        variables = from_state_dict(self.network, state_dict or self.state_dict)
+        variables = from_state_dict(self.network, state_dict) if state_dict else self.variables
         arguments = (
             variables["params"],
             self.images,

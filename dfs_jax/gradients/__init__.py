@@ -41,8 +41,9 @@ def options(name: str) -> dict[str, Any]:
 def create(name: str, *, num_exits: int | None = None, **chosen: Any) -> GradientMethod:
     """The method `name`, for a network of `num_exits` exits.
 
-    Methods whose state depends on that number take it first. Raises ValueError for an unknown name or option, listing the known ones, for
-    values out of range and for a number of exits that is missing.
+    Methods whose state depends on that number take it first. Raises ValueError for an unknown
+    name or option, listing the known ones, for values out of range and for a number of exits that
+    is missing.
     """
     method, known = _find(name), options(name)
     for option in chosen:
