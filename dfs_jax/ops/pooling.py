@@ -57,15 +57,19 @@ def _tiled_maximum(window: int):
     def on_cpu(x):
         return functools.reduce(jnp.maximum, tiles(x))
 
+    def larger(a, b):
+        """The larger of two values with its place, of equal ones the former."""
+        return jnp.maximum(a[0], b[0]), jnp.where(b[0] > a[0], b[1], a[1])
+
     def spread(x, g):
         """g at the first place of its tile where x is largest, zeros elsewhere."""
         # Places are not compared with the maximum that was kept: the compiler may compute x again,
         # and round it otherwise.
-        largest, *others = tiles(x)
-        first = jnp.zeros(largest.shape, jnp.uint8)
-        for k, tile in enumerate(others, 1):
-            first = jnp.where(tile > largest, jnp.uint8(k), first)
-            largest = jnp.maximum(largest, tile)
+        found = [(tile, jnp.uint8(k)) for k, tile in enumerate(tiles(x))]
+        while len(found) > 1:
+            pairs = zip(found[::2], found[1::2], strict=False)
+            found = [larger(*pair) for pair in pairs] + found[len(found) // 2 * 2 :]
+        ((_, first),) = found
         batch, rows, columns, channels = g.shape
         k = jnp.arange(window * window, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
         here = first[:, :, None, :, None] == k
