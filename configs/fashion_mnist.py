@@ -4,14 +4,14 @@
     python -m dfs_jax.main --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 
 Without that package the four published files can lie in a folder that `data.dir` names, or TFDS
-can have prepared them. Minutes on two CPU cores. Presets, as a comma list of at most one network,
-one size and one method, in any order:
+can have prepared them. Presets, as a comma list of at most one network, one size and one method, in
+any order:
 
     vgg7 (default)     VGG7, six exits
     msdnet             MSDNet for CIFAR, five exits
     resnet18           ResNet18, four exits
     small (default)    vgg7 and resnet18 at a quarter of their widths, msdnet at growth 8 and with
-                       one layer a segment, half an hour's recipe
+                       one layer a segment, 1,500 steps: for CPUs
     full               the published widths, seven exits of MSDNet, 300 epochs
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
