@@ -13,12 +13,8 @@ any order:
     small (default)    vgg7 and resnet18 at a quarter of their widths, msdnet at growth 8 and with
                        one layer a segment, 1,500 steps: for CPUs
     full               the published widths, seven exits of MSDNet, 300 epochs
-    dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
-    dfs_all            the same, every exit training all of its channels (official MSDNet code)
-    joint              the summed loss of all exits
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
-    imta               frozen backbone of a run with ge, which train.init_from names; exits see
-                       the previous exit's answer (arXiv 1908.06294)
+    dfs (default)      Deep Feature Surgery; joint, ge, imta and all other method words are told
+                       in dfs_jax/config/presets.py
 
 5,000 of the 60,000 training images are held out to choose thresholds and the best checkpoint.
 """

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,25 @@ def run(count, devices, words):
     text, _ = running.communicate(timeout=600)
     assert running.returncode == 0, text
     return text
+
+
+def killed_when(come, words, log, delay=0.0):
+    """Starts a cheap child, and kills it `delay` seconds after `come()` is true.
+
+    `words` are as after `python`; its text goes to the file `log`.
+    """
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            [sys.executable, CHILD, *words], stdout=file, stderr=file, env=environment()
+        )
+    deadline = time.monotonic() + 300
+    while not come():
+        assert child.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
 
 
 def pid_of(process_id, workdir):

@@ -4,11 +4,6 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -242,35 +237,6 @@ def test_a_run_that_has_to_end_has_status_1(tmp_path, capsys, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def kill_after(workdir: Path, step: int, delay: float, *own: str) -> int:
-    """kill -9 to a run without an end, `delay` seconds after it wrote metrics of `step`.
-
-    Returns the last step in metrics.jsonl.
-    """
-    words = tiny_run.arguments(workdir, *own, "train.steps=1000000")
-    log = workdir.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, processes.CHILD, "-m", "dfs_jax.main", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=processes.environment(),
-        )
-    deadline = time.monotonic() + 300
-    while last_step(workdir) < step:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return last_step(workdir)
-
-
-def last_step(workdir):
-    return max((record["step"] for record in metrics.read_metrics(workdir)), default=0)
-
-
 def by_step_and_name(workdir):
     found = {}
     for record in metrics.read_metrics(workdir):
@@ -292,7 +258,14 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path):
     moments, reached = random.Random(seed), 0
     for first, last in ((1, 9), (15, 60)):
         step = reached + moments.randint(first, last)
-        reached = kill_after(killed, step, moments.uniform(0, 0.15), *own)
+        words = ["-m", "dfs_jax.main", *tiny_run.arguments(killed, *own, "train.steps=1000000")]
+        processes.killed_when(
+            lambda step=step: processes.reached(killed) >= step,
+            words,
+            tmp_path / "log",
+            moments.uniform(0, 0.15),
+        )
+        reached = processes.reached(killed)
         by_step_and_name(killed)
     assert checkpoint.newest_step(killed / "checkpoints")
 

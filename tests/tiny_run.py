@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
+from sklearn import datasets
 
 from dfs_jax import config as configuration
 from dfs_jax import data
@@ -71,11 +71,9 @@ def arguments(workdir, *own, network=NETWORK):
 
 @functools.cache
 def digits():
-    """All of scikit-learn's digits, which is not imported: (N, 8, 8, 1) uint8 and labels (N,)."""
-    (folder,) = importlib.util.find_spec("sklearn").submodule_search_locations
-    rows = np.loadtxt(f"{folder}/datasets/data/digits.csv.gz", delimiter=",")
-    images = rows[:, :-1].reshape(-1, 8, 8, 1)
-    return np.round(images * (255 / 16)).astype(np.uint8), rows[:, -1].astype(int)
+    """All of scikit-learn's digits: (N, 8, 8, 1) uint8 and labels (N,)."""
+    found = datasets.load_digits()
+    return np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], found.target
 
 
 def load(config):

@@ -36,8 +36,8 @@ def apply_preset(
     for word in filter(None, (w.strip() for w in (preset or "").split(","))):
         kind = next((kind for kind, known in words.items() if word in known), None)
         if kind is None:
-            known = "; ".join(f"{kind}s: {', '.join(known)}" for kind, known in words.items())
-            raise ConfigError(f"preset word {word!r} is unknown; {known}")
+            every = "; ".join(f"{kind}s: {', '.join(known)}" for kind, known in words.items())
+            raise ConfigError(f"preset word {word!r} is unknown; {every}")
         if kind in seen:
             raise ConfigError(f"preset names two {kind}s, {seen[kind]!r} and {word!r}; give one")
         seen[kind] = word

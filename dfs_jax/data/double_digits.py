@@ -30,10 +30,10 @@ def save_samples(variant: str, path: str) -> None:
     page.savefig(path, dpi=64)
 
 
-def describe(variant: str, parts: Sequence[str] = tuple(double_digits.PICTURES)) -> str:
-    """Sizes and digests of `parts`, and mean and standard deviation of the training split's."""
+def describe(variant: str) -> str:
+    """Sizes and digests of the parts, and mean and standard deviation of the training split."""
     lines, moments = [], []
-    for part in parts:
+    for part in double_digits.PICTURES:
         digest, counts = hashlib.sha256(), np.zeros(CLASSES, np.int64)
         for images, labels in double_digits.pictures(variant, part):
             digest.update(images.tobytes())

@@ -11,7 +11,9 @@ import ml_collections
 from etils import epath
 
 from dfs_jax.config import ConfigError
+from dfs_jax.data.record import Record
 from dfs_jax.training import workdir as workdirs
+from dfs_jax.training.data_record import NAME
 from dfs_jax.writing.files import json_text, write_whole
 
 _ORIGIN = "origin.json"  # in a workdir whose weights were made elsewhere
@@ -80,8 +82,8 @@ def _holds_out_others(
 def _held_out(workdir: str, *splits: str) -> set[str]:
     """The files of the training folder that `workdir` noted as held out for `splits`."""
     try:
-        noted = json.loads((epath.Path(workdir) / "data.json").read_text())["held_out"]
-        return {name for split in splits for name in noted.get(split, ())}
+        noted = Record.from_json(json.loads((epath.Path(workdir) / NAME).read_text()))
+        return {name for split in splits for name in noted.held_out.get(split, ())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 

@@ -157,13 +157,8 @@ def test_methods_of_a_single_pass(name):
     assert ratio <= {"equilibrium": 1.01, "bdl": 7 / 3, "meta_gf": 1.06}[name]
 
 
-# Those with a state, or that draw random numbers. The others are sums of gradients.
-DEVICES = ("meta_gf", "nash_mtl", "pcgrad")
-
-
 @pytest.mark.parametrize(
-    "name",
-    ["l2w_den", *(pytest.param(n, marks=pytest.mark.slow) for n in DEVICES)],
+    "name", [n if n == "l2w_den" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
 )
 def test_eight_devices_train_as_one_does(name):
     net = tiny.network(OWN, widths=(4, 4), side=False, dtype=jnp.float64)

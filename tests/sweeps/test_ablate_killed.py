@@ -1,10 +1,6 @@
 """A grid that is killed and started again, with real training in real processes."""
 
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import processes
 import pytest
@@ -44,21 +40,11 @@ def test_a_killed_grid_ends_with_the_same_bytes(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     moment = random.randint(1, 2 * 20)
     print(f"killed after {moment} lines of metrics")
-    log = tmp_path / "killed.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, processes.CHILD, "-m", "dfs_jax.ablate", *words(killed)],
-            stdout=file,
-            stderr=file,
-            env=processes.environment(),
-        )
-    deadline = time.monotonic() + 300
-    while steps(killed) < moment:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    processes.killed_when(
+        lambda: steps(killed) >= moment,
+        ["-m", "dfs_jax.ablate", *words(killed)],
+        tmp_path / "killed.log",
+    )
     assert not (killed / "results.csv").exists()
     for workdir in (killed, straight):
         assert ablate.main(words(workdir)) == 0

@@ -1,11 +1,11 @@
 """Whether weights may know what is held out: the runs that a run descends from."""
 
-import json
 import shutil
 
 import pytest
 
 from dfs_jax import config as configuration
+from dfs_jax.data.record import Record
 from dfs_jax.training import lineage
 from dfs_jax.training import workdir as workdirs
 
@@ -18,9 +18,8 @@ def run(tmp_path):
         config = configuration.default()
         config.train.init_from = init_from and str(tmp_path / init_from)
         config.data.update(data)
-        workdirs.create(config, str(tmp_path / folder))
-        if held_out is not None:
-            (tmp_path / folder / "data.json").write_text(json.dumps({"held_out": held_out}))
+        noted = None if held_out is None else Record(held_out=held_out)
+        workdirs.create(config, str(tmp_path / folder), noted)
         return config, str(tmp_path / folder)
 
     return make

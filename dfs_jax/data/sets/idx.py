@@ -55,23 +55,27 @@ def load(config: ml_collections.ConfigDict) -> Data:
     )
 
 
-def find(directory: str) -> dict[str, dict[str, Path]]:
-    """The files of images and labels of the splits in `directory`.
+def read(directory: str) -> dict[str, tuple[bytes, bytes]]:
+    """The contents of the files of images and labels of both splits, uncompressed.
 
-    Raises DataError for one that is missing or not the only one.
+    Raises DataError for a file that is missing, not the only one, or cannot be read.
     """
     folder = Path(directory).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {directory}; it should hold IDX files")
+    if not directory or not folder.is_dir():
+        raise DataError(f"there is no folder {directory!r}; it should hold IDX files")
     names = sorted(path.name for path in folder.iterdir())
-    return {split: {kind: folder / _only(directory, names, split, kind) for kind in _KINDS}
-            for split in _SPLITS}  # fmt: skip
+
+    def contents(split: str, kind: str) -> bytes:
+        return _contents(folder / _only(directory, names, split, kind))
+
+    return {split: (contents(split, "images"), contents(split, "labels")) for split in _SPLITS}
 
 
 def _only(directory: str, names: list[str], split: str, kind: str) -> str:
-    ends = [f"{kind}{sign}idx{_KINDS[kind]}-ubyte" for sign in "-."]
-    ends = tuple(f"{word}-{end}{packed}" for word in _SPLITS[split] for end in ends
-                 for packed in ("", ".gz"))  # fmt: skip
+    """The name of the one file of `kind` of `split`."""
+    stems = [f"{word}-{kind}" for word in _SPLITS[split]]
+    plain_ends = [f"{stem}{sign}idx{_KINDS[kind]}-ubyte" for stem in stems for sign in "-."]
+    ends = tuple(end + packed for end in plain_ends for packed in ("", ".gz"))
     found = [name for name in names if name.endswith(ends)]
     plain = {name.removesuffix(".gz") for name in found}  # a file beside its archive is one
     if len(plain) == 1:
@@ -79,17 +83,6 @@ def _only(directory: str, names: list[str], split: str, kind: str) -> str:
     if found:
         raise DataError(f"{directory} holds several data sets, {', '.join(found)}; keep one there")
     raise DataError(f"{directory} has no file {ends[0]} or {ends[1]}")
-
-
-def read(directory: str) -> dict[str, tuple[bytes, bytes]]:
-    """The contents of the files of images and labels of both splits, uncompressed.
-
-    Raises DataError as `find`, and for a file that cannot be read.
-    """
-    return {
-        split: (_contents(paths["images"]), _contents(paths["labels"]))
-        for split, paths in find(directory).items()
-    }
 
 
 def _contents(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.input import in_memory
 from dfs_jax.data.pipeline import DataError
 from dfs_jax.data.sets import fashion_mnist, idx
+from dfs_jax.training import workdir as workdirs
 
 TRAIN, TEST = 60, 24
 NAMES = {
@@ -112,6 +113,9 @@ def test_the_place_of_a_folder_in_the_name_is_kept_in_full(tmp_path, monkeypatch
     assert data.place(configured("idx:here")) == "here"
     assert data.place(configured("idx:here", dir="there")) == "there"
     assert data.place(configured("digits")) is None
+    workdirs.create(configured("idx:here"), str(tmp_path / "run"))
+    saved = workdirs.load(str(tmp_path / "run"))
+    assert (saved.data.name, saved.data.dir) == ("idx:here", str(tmp_path / "here"))
 
 
 def damaged(folder):
