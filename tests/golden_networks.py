@@ -8,6 +8,7 @@ import functools
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from dfs_jax.surgery import Surgery
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Each program runs a few times: generating fast code for it takes far longer than slow code runs.
+# For a program that runs a few times: generating fast code takes far longer than slow code runs.
 QUICK = {"xla_backend_optimization_level": 0}
+# For one that runs dozens of times.
+THOROUGH = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 # The official name: ours, and whether the network has adapters.
 NETWORKS = {
@@ -104,7 +107,7 @@ class Gradients(NamedTuple):
 class Case:
     """One recorded network, `golden` what was recorded; computes in float64 unless told."""
 
-    def __init__(self, name: str, dtype: Any = np.float64):
+    def __init__(self, name: str, dtype: Any = np.float64, options: dict[str, Any] = QUICK):
         model, mode, *_ = name.split("__")
         self.golden = dict(np.load(GOLDEN / "networks" / f"{name}.npz"))
         self.meta = json.loads(str(self.golden["meta"]))
@@ -132,7 +135,8 @@ class Case:
         )
         self.images = images.astype(dtype)
         self.num_exits = self.network.num_exits
-        self._compiled = None
+        self._forward = jax.jit(self._losses_and_pullback, compiler_options=options)
+        self._backward = jax.jit(lambda pullback, of: pullback(of), compiler_options=options)
         self._at_start: dict[str, Gradients] = {}
 
     def forward(self, train: bool) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -154,36 +158,31 @@ class Case:
             self._at_start[loss] = self.gradients(loss=loss)
         return self._at_start[loss]
 
-    def gradients(
-        self,
-        exit_weights: np.ndarray | None = None,
-        loss: str = "ce",
-        state_dict: dict[str, np.ndarray] | None = None,
-    ) -> Gradients:
-        """Gradient of a recorded loss, or of cross-entropies with weights of their own.
+    def gradients(self, loss: str = "ce") -> Gradients:
+        """Gradient of a recorded loss."""
+        passed, statistics, pullback = self._pass(loss, self.variables["params"])
+        return self._named(passed, statistics, self._backward(pullback, (1.0, self._no_exit())))
 
-        Everything that differs between calls is an argument of one compiled function.
-        """
+    def exit_gradients(self) -> Iterator[Gradients]:
+        """Gradients of each exit's cross-entropy, after one forward pass."""
+        passed, statistics, pullback = self._pass("ce", self.variables["params"])
+        for i in range(self.num_exits):
+            of_exit = self._no_exit().at[i].set(1.0)
+            yield self._named(passed, statistics, self._backward(pullback, (0.0, of_exit)))
+
+    def _no_exit(self) -> jax.Array:
+        return jnp.zeros(self.num_exits, self.images.dtype)
+
+    def _pass(self, loss: str, params: Any):
         settings = self.meta["losses"][loss]
         gamma = settings["loss_coefficient"] if settings["useKD"] else 0.0
         coefficient = settings["feature_loss_coefficient"] if settings["useFD"] else 0.0
-        weights = np.ones(self.num_exits) if exit_weights is None else exit_weights
-        variables = from_state_dict(self.network, state_dict) if state_dict else self.variables
-        arguments = (
-            variables["params"],
-            self.images,
-            variables["batch_stats"],
-            weights,
-            gamma,
-            coefficient,
-        )
-        if self._compiled is None:
-            function = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-            self._compiled = jax.jit(function, compiler_options=QUICK)
-        (total, (ce, out, statistics)), (gradients, input_gradient) = jax.device_get(
-            self._compiled(*arguments)
-        )
-        both = {"params": gradients, "batch_stats": statistics["batch_stats"]}
+        return self._forward(params, self.images, gamma, coefficient)
+
+    def _named(self, passed, statistics, pulled_back) -> Gradients:
+        (total, ce, out), statistics = jax.device_get((passed, statistics))
+        gradients, input_gradient = jax.device_get(pulled_back)
+        both = {"params": gradients, "batch_stats": statistics}
         entries = to_state_dict(self.network, both)
         return Gradients(
             float(total),
@@ -200,38 +199,61 @@ class Case:
 
         Momentum 0.9, weight decay on every parameter that PyTorch had a gradient for.
         """
-        skipped = self.golden[f"train_{loss}_grad_none"]
-        state, velocity, losses, exit_ce = dict(self.state_dict), {}, [], []
+        trained = {n: np.ones(v.shape, bool) for n, v in self.state_dict.items()}
+        for name, none in zip(self.names, self.golden[f"train_{loss}_grad_none"], strict=True):
+            trained[name][...] = not none
+        trained = from_state_dict(self.network, trained)["params"]
+        trained = jax.tree.map(lambda ones: float(np.max(ones)), trained)
+
+        params, losses, exit_ce = self.variables["params"], [], []
+        velocity = jax.tree.map(jnp.zeros_like, params)
         for step in range(6):
-            at = self.gradients(loss=loss, state_dict=state) if step else self.at_start(loss)
-            losses.append(at.loss)
-            exit_ce.append(at.exit_ce)
-            for name, none in zip(self.names, skipped, strict=True):
-                if not none and step < 5:
-                    decayed = at.gradients[name] + 5e-4 * state[name]
-                    velocity[name] = 0.9 * velocity.get(name, 0.0) + decayed
-                    state[name] = state[name] - learning_rate * velocity[name]
-        return np.array(losses), np.array(exit_ce), state
+            (total, ce, _), _, pullback = self._pass(loss, params)
+            losses.append(float(total))
+            exit_ce.append(np.asarray(ce))
+            if step < 5:
+                gradients, _ = self._backward(pullback, (1.0, self._no_exit()))
+                params, velocity = _sgd(params, velocity, gradients, trained, learning_rate)
+        end = {"params": params, "batch_stats": self.variables["batch_stats"]}
+        return np.array(losses), np.array(exit_ce), to_state_dict(self.network, end)
 
     def _exit_ce(self, logits) -> jax.Array:
         labels = jnp.asarray(self.labels)[:, None]
         chosen = [jnp.take_along_axis(jax.nn.log_softmax(z), labels, 1) for z in logits]
         return -jnp.stack([log_p.mean() for log_p in chosen])
 
-    def _loss(self, params, images, batch_stats, weights, gamma, coefficient):
-        out, statistics = self.network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        ce, last = self._exit_ce(out.logits), self.num_exits - 1
+    def _losses_and_pullback(self, params, images, gamma, coefficient):
+        """What a pass gives, and from gradients of (loss, cross-entropies) those of its inputs.
+
+        What differs between calls is an argument, so that each half is compiled once.
+        """
+
+        def losses(params, images):
+            out, statistics = self.network.apply(
+                {**self.variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            ce = self._exit_ce(out.logits)
+            return (self._loss(ce, out, gamma, coefficient), ce), (out, statistics["batch_stats"])
+
+        (total, ce), pullback, (out, statistics) = jax.vjp(losses, params, images, has_aux=True)
+        return (total, ce, out), statistics, pullback
+
+    def _loss(self, ce, out, gamma, coefficient):
+        last = self.num_exits - 1
         teacher = jax.lax.stop_gradient(jax.nn.softmax(out.logits[-1] / 3.0))
-        total = weights[last] * ce[last]
+        total = ce[last]
         for i in range(last):
             kd = -(teacher * jax.nn.log_softmax(out.logits[i] / 3.0)).sum(-1).mean()
-            total += weights[i] * (1 - gamma) * ce[i] + gamma * kd
+            total += (1 - gamma) * ce[i] + gamma * kd
             if any(s["useFD"] for s in self.meta["losses"].values()):
                 apart = out.features[i] - jax.lax.stop_gradient(out.features[last])
                 total += coefficient * jnp.sqrt(jnp.sum(jnp.square(apart)))
-        return total, (ce, out, statistics)
+        return total
+
+
+@functools.partial(jax.jit, donate_argnums=1, compiler_options=QUICK)
+def _sgd(params, velocity, gradients, trained, learning_rate):
+    """One update: (parameters, velocities), where `trained` is 1; 0 stays."""
+    decayed = jax.tree.map(lambda g, p: g + 5e-4 * p, gradients, params)
+    velocity = jax.tree.map(lambda v, d, on: (0.9 * v + d) * on, velocity, decayed, trained)
+    return jax.tree.map(lambda p, v: p - learning_rate * v, params, velocity), velocity

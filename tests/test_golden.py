@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_networks import Case, read_json, stats
+from golden_networks import QUICK, THOROUGH, Case, read_json, stats
 
 from dfs_jax.surgery import Surgery
 
@@ -34,16 +34,16 @@ SLOW = {
     "vgg16_64_imagenet_nodistill__fr_strict__r0.5": ("outputs", "losses", "exits"),
 }
 _PARAMETERS = [
-    *(pytest.param(case, parts, id=case) for case, parts in FAST.items()),
+    *(pytest.param(case, parts, QUICK, id=case) for case, parts in FAST.items()),
     *(
-        pytest.param(case, parts, id=f"{case}-rest", marks=pytest.mark.slow)
+        pytest.param(case, parts, THOROUGH, id=f"{case}-rest", marks=pytest.mark.slow)
         for case, parts in SLOW.items()
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "parts"), _PARAMETERS)
-def test_float64(name, parts):
+@pytest.mark.parametrize(("name", "parts", "options"), _PARAMETERS)
+def test_float64(name, parts, options):
     differences = Differences()
     checks = {
         "outputs": _outputs,
@@ -52,7 +52,7 @@ def test_float64(name, parts):
         "trajectories": _trajectories,
     }
     with jax.enable_x64(True):
-        case = Case(name)
+        case = Case(name, options=options)
         for part in parts:
             checks[part](case, differences)
     assert not differences.lines, "\n".join(differences.lines[:20])
@@ -149,8 +149,7 @@ def _losses(case: Case, differences: Differences):
 
 def _exits(case: Case, differences: Differences):
     g = case.golden
-    for i, weights in enumerate(np.eye(case.num_exits)):
-        at = case.gradients(weights)
+    for i, at in enumerate(case.exit_gradients()):
         norm = np.linalg.norm(at.input_gradient)
         differences.check(f"exit {i}: images", norm, g["exit_input_grad_norm"][i])
         for p, name in enumerate(case.names):

@@ -364,9 +364,11 @@ def test_memory_stays_flat_over_epochs(tmp_path):
         c, name="noise", train=source, test=source, class_names="a", statistics="imagenet"
     )
     batches, used = d.train.batches(0), []
-    for _ in range(4):
+    for _ in range(12):
         for _ in range(25):
             next(batches)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         used.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    assert max(used[1:]) - used[0] < 60, used
+    # The allocator's level wanders by tens of MB for a hundred batches; 200 that are kept, as the
+    # bytes that were decoded, would be 300.
+    assert min(used[8:]) - min(used[:4]) < 100, used
