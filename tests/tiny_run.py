@@ -19,6 +19,7 @@ from dfs_jax.distributed import placement
 from dfs_jax.training import counts, loop
 from dfs_jax.training import run as run_module
 from dfs_jax.training import state as state_module
+from dfs_jax.training import step as step_module
 from dfs_jax.training.state import initial_state
 from dfs_jax.training.step import make_train_step
 
@@ -127,7 +128,7 @@ def traced_once():
 
     return (
         (loop, "prepare", prepare),
-        (loop, "make_train_step", once(make_train_step, pieces)),
+        (step_module, "make_train_step", once(make_train_step, pieces)),
         (loop, "batch_counter", functools.cache(counts.batch_counter)),
         (state_module, "_creator", once(state_module._creator, pieces)),
         (state_module, "_shapes", once(state_module._shapes, pieces)),

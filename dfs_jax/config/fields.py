@@ -91,6 +91,8 @@ def default() -> ml_collections.ConfigDict:
     c.train.best_metric = "eval/mean/top1"  # the checkpoint with its highest value is kept
     c.train.init_from = config_dict.placeholder(str)  # workdir whose weights the run starts from
     c.train.freeze = ()  # patterns of parameter paths that keep their weights; see `freeze`
+    c.train.phases = ()  # parts of the run that train other things; dictionaries of the fields of
+    # `training.phases.Phase`, whose shares of the steps add up to 1
     c.train.accumulation = 1  # microbatches per update; batch statistics are each one's own
     c.train.rematerialise = False  # recompute segments in the backward pass, to save memory
     c.train.ema = 0.0  # decay of averaged parameters and statistics, then evaluated; 0: none

@@ -24,6 +24,7 @@ _KINDS: dict[str, Any] = {
     "objective.exit_weights": tuple[float, ...],
     "optimizer.milestones": tuple[float, ...],
     "train.freeze": tuple[str, ...],
+    "train.phases": tuple[dict, ...],
     "train.profile_steps": tuple[int, ...],
 }
 
@@ -33,6 +34,7 @@ _WORDS = {
     float: ("a number", "numbers"),
     str: ("a text", "texts"),
     tuple: ("a tuple", "tuples"),
+    dict: ("a dictionary", "dictionaries"),
 }
 
 LARGEST_INTEGER = 2**31 - 1  # the device counts in int32, steps for instance

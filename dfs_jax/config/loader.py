@@ -147,6 +147,8 @@ def _merge(c: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
 
 def _tuples(value: Any) -> Any:
     """Lists, at any depth, as tuples, which they were before they became JSON."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(one) for key, one in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 

@@ -68,6 +68,16 @@ def method(name: str, **options: Any) -> Preset:
     return apply
 
 
+def in_phases(*phases: Mapping[str, Any]) -> Preset:
+    """The summed loss without surgery, in `phases`; see `training/phases.py`."""
+
+    def apply(c: ml_collections.ConfigDict) -> None:
+        method("joint")(c)
+        c.train.phases = phases
+
+    return apply
+
+
 METHODS: dict[str, Preset] = {
     "dfs": surgery("own"),  # the paper's definition
     "dfs_all": surgery("all"),  # what the official MSDNet code ran, and its published rows report
@@ -80,6 +90,10 @@ METHODS: dict[str, Preset] = {
     "bdl1": method("bdl", variant="overlap", final_loss=False),
     "bdl2": method("bdl", variant="overlap", final_loss=True),
     "wpn": method("l2w_den"),
+    # The backbone with its last exit first, then everything (ICML 2025, arXiv 2407.14320) ...
+    "mixed": in_phases({"share": 0.5, "trains": "last"}, {"share": 0.5}),
+    # ... or then the other exits on what it is.
+    "disjoint": in_phases({"share": 0.5, "trains": "last"}, {"share": 0.5, "trains": "exits"}),
 }
 
 

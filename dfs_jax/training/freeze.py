@@ -44,18 +44,21 @@ def keep(patterns: Sequence[str], before: Any, after: Any) -> Any:
     return jax.tree.map(lambda stay, old, new: old if stay else new, frozen, before, after)
 
 
-def check(patterns: Sequence[str], params: Any) -> None:
-    """Raise ConfigError for a pattern that is no regular expression or finds no parameter."""
+def check(patterns: Sequence[str], params: Any, field: str = "train.freeze") -> None:
+    """Raise ConfigError for a pattern that is no regular expression or finds no parameter.
+
+    The sentence begins with `field`, which holds the patterns.
+    """
     for pattern in patterns:
         try:
             any_found = any(jax.tree.leaves(chosen([pattern], params)))
         except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
-                f"train.freeze: {shown(pattern)} is no regular expression: {error}"
+                f"{field}: {shown(pattern)} is no regular expression: {error}"
             ) from error
         if not any_found:
             raise ConfigError(
-                f"train.freeze: {shown(pattern)} is in the path of no parameter; they begin with "
+                f"{field}: {shown(pattern)} is in the path of no parameter; they begin with "
                 f"{', '.join(sorted(params))}"
             )
 

@@ -12,7 +12,7 @@ never needs a change here.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import ml_collections
@@ -29,7 +29,7 @@ from dfs_jax.training.progress import TrainingError
 from dfs_jax.training.run import Run, prepare, warn
 from dfs_jax.training.save_policy import Preempted, Saves
 from dfs_jax.training.state import TrainState, given_weights, restore_or_initialise
-from dfs_jax.training.step import make_conflict_probe, make_train_step
+from dfs_jax.training.step import Programs, make_programs
 from dfs_jax.writing.console import say
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
 def _train(run: Run, workdir: str) -> dict[str, float]:
     """The rest of the run in its workdir; the final metrics."""
-    weights, train_step = given_weights(run, workdir), None
-    if _reached(run, workdir) < run.total_steps:
-        train_step = make_train_step(run)
-        footprint.check_step(run, train_step)
+    weights, programs = given_weights(run, workdir), {}
+    if (reached := _reached(run, workdir)) < run.total_steps:
+        programs = make_programs(run, reached)
+        for step, phase in programs.items():
+            footprint.check_step(run.taking(step), phase.step)
     directory = workdirs.create(run.config, workdir, run.data.record)
     say(placement.describe(run.mesh))
 
@@ -79,7 +80,7 @@ def _train(run: Run, workdir: str) -> dict[str, float]:
                 saves = Saves(run.config, saver, _every(run, "checkpoint"), start)
                 reporter = progress.Reporter(run, writer, start)
                 with contextlib.closing(saves), _outliving_bad_data(saves, reporter):
-                    given = saves, reporter, held_out, train_step
+                    given = saves, reporter, held_out, programs
                     state = _loop(run, state, start, directory, *given)
             return _test(run, state, writer)
 
@@ -92,11 +93,10 @@ def _loop(
     saves: Saves,
     reporter: progress.Reporter,
     held_out: EvalSource,
-    train_step: Callable,
+    programs: Mapping[int, Programs],
 ) -> TrainState:
     """Steps `start`+1 … total, with evaluations and checkpoints on their way; the last state."""
     by_batch = placement.batch(run.mesh)
-    probe = make_conflict_probe(run)
     count = batch_counter(run.network, placement.replicated(run.mesh))
     profile = progress.Profile(run, directory)
     eval_every, probe_every = _every(run, "eval"), run.config.train.conflict_every
@@ -123,13 +123,16 @@ def _loop(
         if saves.due(step):
             with reporter.paused():  # settles first, as above
                 saves.save(step, state, scores)
+        if step in programs:
+            phase = programs[step]
+            state = phase.enter(state)
         with jax.transfer_guard("disallow"):  # a hidden host transfer would stall every step
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
             probes = probe_every and (step + 1) % probe_every == 0
-            seen = probe(state, batch) if probes else {}
-            state, measured = train_step(state, batch)
+            seen = phase.probe(state, batch) if probes else {}
+            state, measured = phase.step(state, batch)
         saves.reached(step + 1, state)
         reporter.step_done(step + 1, measured, waited, seen)
 

@@ -135,6 +135,15 @@ def describe(run: Run, params: Any, start: int, directory: epath.Path) -> None:
         run.total_steps,
         run.config.train.batch_size,
     )
+    for number, phase in enumerate(run.phases, 1):
+        log.info(
+            "phase %d, from step %d: %s, exit weights %s, frozen %s",
+            number,
+            phase.first_step + 1,
+            phase.network.surgery,
+            phase.objective.exit_weights or "1",
+            ", ".join(phase.config.train.freeze) or "nothing",
+        )
 
 
 def final_table(run: Run, scores: Mapping[str, float], split: str = "test") -> str:
@@ -213,7 +222,7 @@ class Reporter:
         for i, correct in enumerate(measured.correct, 1):
             line[f"train/exit{i}/top1"] = float(correct) / batch_size
         line["train/gradient_norm"] = float(measured.gradient_norm)
-        line["train/learning_rate"] = float(self._run.schedule(step - 1))
+        line["train/learning_rate"] = float(self._run.taking(step - 1).schedule(step - 1))
         seconds, devices = elapsed / self._steps, self._run.mesh.size
         line["train/step_seconds"] = seconds
         line["train/images_per_second"] = batch_size / seconds

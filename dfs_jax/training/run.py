@@ -23,7 +23,7 @@ from dfs_jax.gradients import GradientMethod
 from dfs_jax.models import MultiExit, traced
 from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
-from dfs_jax.training import data_record, freeze, optim
+from dfs_jax.training import data_record, freeze, optim, phases
 from dfs_jax.training import workdir as workdirs
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,10 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 
 
 class Run(NamedTuple):
-    """The pieces of one run, made from its configuration."""
+    """The pieces of one run, made from its configuration.
+
+    Of a run with phases, each has pieces of its own, from `first_step` completed updates on.
+    """
 
     config: ml_collections.ConfigDict
     data: data.Data
@@ -44,6 +47,14 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     steps_per_epoch: float
     total_steps: int
+    first_step: int = 0
+    goes_on: bool = False  # with the optimizer's state of the phase before
+    phases: tuple["Run", ...] = ()
+
+    def taking(self, step: int) -> "Run":
+        """The run, or its phase, that takes the step after `step`."""
+        begun = [phase for phase in self.phases if phase.first_step <= step]
+        return begun[-1] if begun else self
 
 
 def prepare(
@@ -63,6 +74,8 @@ def prepare(
     objective = create_objective(config, network.num_exits)
     method = create_method(config, network, objective)
     _check_train(config, network.num_exits)
+    planned = phases.from_config(config)
+    _check_phases(config, planned, network, method)
     optim.create_optimizer(config, steps_per_epoch=1.0, total_steps=1)
     mesh = placement.create_mesh(config)
     pipeline.check_batch(config, mesh.size)
@@ -82,7 +95,57 @@ def prepare(
     optimizer, schedule = optim.create_optimizer(config, steps_per_epoch, total)
     optimizer = freeze.optimizer(optimizer, config.train.freeze)
     pieces = source, network, objective, method, optimizer, schedule, mesh
-    return Run(config, *pieces, steps_per_epoch, total)
+    run = Run(config, *pieces, steps_per_epoch, total)
+    return _with_phases(run, planned) if planned else run
+
+
+def _with_phases(run: Run, planned: tuple[phases.Phase, ...]) -> Run:
+    """`run` with the pieces of each phase."""
+    firsts = phases.first_steps(planned, run.total_steps)
+    extents = phases.schedule_extents(planned, firsts, run.total_steps)
+    made: list[Run] = []
+    for i, (phase, first, extent) in enumerate(zip(planned, firsts, extents, strict=True)):
+        with phases.named(i):
+            before = made[-1].config if phase.goes_on else run.config
+            made.append(_phase(run, phase, first, extent, before))
+            if not phases.same_layout(made[0].optimizer, made[-1].optimizer, _parameters(run)):
+                raise ValueError(
+                    "its optimizer keeps other things than that of phase 1; name, momentum and "
+                    "clip_norm of all phases must be alike, or 0 in all"
+                )
+    return run._replace(optimizer=made[0].optimizer, phases=tuple(made))
+
+
+def _phase(
+    run: Run,
+    phase: phases.Phase,
+    first: int,
+    extent: tuple[int, int],
+    before: ml_collections.ConfigDict,
+) -> Run:
+    """The pieces of a phase; `extent` is the first step and the length of its schedule."""
+    config = phase.config(run.config)
+    config.optimizer = before.optimizer if phase.goes_on else config.optimizer
+    network = run.network.clone(surgery=Surgery(**config.surgery.to_dict()))
+    objective = create_objective(config, network.num_exits)
+    objective = phases.counted(phase, objective, network.num_exits)
+    batch = run.data.spec.batch(2)
+    _check_inputs(network, objective, batch, config.train.freeze)
+    freeze.check([pattern for pattern, _ in phase.rates], _parameters(run), "rates")
+    stays = phases.kept(phase, network, batch)
+    config.train.freeze = (*config.train.freeze, *stays)
+    began, length = extent
+    update, schedule = optim.create_optimizer(config, run.steps_per_epoch, length)
+    return run._replace(
+        config=config,
+        network=network,
+        objective=objective,
+        method=create_method(config, network, objective),
+        optimizer=phases.optimizer(update, phase, config.train.freeze),
+        schedule=lambda step: schedule(step - began),
+        first_step=first,
+        goes_on=phase.goes_on,
+    )
 
 
 def _parameters(run: Run) -> Any:
@@ -116,8 +179,9 @@ def _doubtful(run: Run) -> list[str]:
         found.append(
             "train.freeze keeps fresh weights; train.init_from names the run that has better ones"
         )
-    if patterns and all(jax.tree.leaves(freeze.chosen(patterns, _parameters(run)))):
-        found.append(f"train.freeze = {shown(patterns)} keeps every parameter: nothing is trained")
+    for kept in (patterns, *(phase.config.train.freeze for phase in run.phases)):
+        if kept and all(jax.tree.leaves(freeze.chosen(kept, _parameters(run)))):
+            found.append(f"train.freeze = {shown(kept)} keeps every parameter: nothing is trained")
     if steps % run.method.cycle:
         found.append(
             f"the run's {steps} steps end within a cycle of {run.method.cycle} steps of gradients "
@@ -194,6 +258,30 @@ def _check_train(config: ml_collections.ConfigDict, num_exits: int) -> None:
         raise ConfigError(
             f"train.best_metric must be one of {', '.join(names)}, got {shown(train.best_metric)}"
         )
+
+
+def _check_phases(
+    config: ml_collections.ConfigDict,
+    planned: tuple[phases.Phase, ...],
+    network: MultiExit,
+    method: GradientMethod,
+) -> None:
+    """Check what needs no data: the fields of each phase, and whether they go together."""
+    if planned and method.cycle > 1:
+        raise ConfigError(
+            f"gradients {config.gradients.name} has phases of its own; train.phases must be ()"
+        )
+    for i, phase in enumerate(planned):
+        with phases.named(i):
+            own = phase.config(config)
+            surgery = Surgery(**own.surgery.to_dict())
+            create_objective(own, network.num_exits)
+            optim.create_optimizer(own, steps_per_epoch=1.0, total_steps=1)
+            if not phases.same_answers(surgery, network.surgery):
+                raise ValueError(
+                    "with this surgery the network would answer otherwise than with the "
+                    "configuration's; a partition without referencing is for all phases or none"
+                )
 
 
 def _check_accumulation(

@@ -89,6 +89,34 @@ def make_conflict_probe(run: Run) -> Callable[[TrainState, Batch], dict[str, jax
     return jit(run, probe, out_shardings=placement.replicated(run.mesh))
 
 
+class Programs(NamedTuple):
+    """What the steps of a run, or of one of its phases, are taken with."""
+
+    enter: Callable[[TrainState], TrainState]  # before the first of them
+    step: Callable[[TrainState, Batch], tuple[TrainState, Measurements]]
+    probe: Callable[[TrainState, Batch], dict[str, jax.Array]]
+
+
+def make_programs(run: Run, start: int) -> dict[int, Programs]:
+    """The programs of a run that goes on from `start`, by the step at which each takes over."""
+    found = {}
+    for phase in run.phases or (run,):
+        under_way = run.taking(start) is phase
+        if under_way or phase.first_step > start:
+            anew = 0 < phase.first_step >= start and not phase.goes_on
+            enter = _fresh_optimizer(phase) if anew else lambda state: state
+            programs = Programs(enter, make_train_step(phase), make_conflict_probe(phase))
+            found[start if under_way else phase.first_step] = programs
+    return found
+
+
+def _fresh_optimizer(run: Run) -> Callable[[TrainState], TrainState]:
+    """The compiled function that gives a state the optimizer's first state of `run`."""
+    places = state_placement(run).opt_state
+    begin = jit(run, run.optimizer.init, out_shardings=places)
+    return lambda state: state.replace(opt_state=begin(state.params))
+
+
 def jit(run: Run, function: Callable, **choices: Any) -> compiler.jit:
     """`function` jitted as the training step of `run` is."""
     return compiler.jit(function, run.data.spec.side, **choices)

@@ -76,7 +76,8 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     if before is None:
         return
     free = set(_FREE)
-    if config.optimizer.schedule != "cosine":  # the others do not depend on the run's length
+    # Only cosine schedules, and phases, depend on the run's length.
+    if config.optimizer.schedule != "cosine" and not config.train.phases:
         free |= {"train.epochs", "train.steps"}
     lines = configuration.differences(before, config, ignored=free)
     if lines:

@@ -11,6 +11,7 @@ from dfs_jax import main
 from dfs_jax.distributed import placement
 from dfs_jax.ops import memory
 from dfs_jax.training import footprint, loop
+from dfs_jax.training import step as step_module
 from dfs_jax.training.run import prepare
 from dfs_jax.training.state import initial_state
 from dfs_jax.training.step import make_train_step
@@ -79,7 +80,7 @@ def test_what_the_compiler_refuses_is_told_alike(there_are, monkeypatch, tmp_pat
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 lines\nof XLA")
 
     there_are(10**9)
-    monkeypatch.setattr(loop, "make_train_step", lambda run: Step())
+    monkeypatch.setattr(step_module, "make_train_step", lambda run: Step())
     told = refused(tiny_run.arguments(tmp_path / "run"), capsys)
     assert told == (
         "error: a step of train.batch_size 16 does not fit into the 1 GB of memory; take a smaller "

@@ -19,6 +19,7 @@ from dfs_jax.config import ConfigError
 from dfs_jax.data.pipeline import DataError
 from dfs_jax.distributed import placement
 from dfs_jax.training import loop, metrics, progress
+from dfs_jax.training import step as step_module
 from dfs_jax.training.checkpoint import Checkpointer
 from dfs_jax.training.counts import batch_counter, count_split, summarise
 from dfs_jax.training.progress import TrainingError
@@ -263,7 +264,7 @@ class TestResume:
             raise AssertionError("a finished run is trained")
 
         before = (trained.workdir / "metrics.jsonl").read_bytes()
-        monkeypatch.setattr(loop, "make_train_step", refuse)
+        monkeypatch.setattr(step_module, "make_train_step", refuse)
         assert loop.train_and_evaluate(trained.config, str(trained.workdir)) == trained.final
         assert "test accuracy" in capsys.readouterr().out
         assert (trained.workdir / "metrics.jsonl").read_bytes() == before
