@@ -97,19 +97,29 @@ class Surgery:
     the exit at hand (feature partitioning, section 3 of the paper). With `referencing` both
     see the whole feature, the other's part without gradient; without it they see zeros there.
     `exit_gradient="own"` is the paper's definition; "all" lets the exit train every channel,
-    as the official MSDNet and ViT code does. `partition=False` is joint training.
+    as the official MSDNet and ViT code does. `partition=False` is joint training. Before exit
+    `first_exit` nothing is cut. `at(i)` is what happens at one place; the operations on features
+    belong to it.
 
-    Raises ValueError for beta outside [0, 1] or NaN and for an unknown `exit_gradient`.
+    Raises ValueError for beta outside [0, 1] or NaN, for an unknown `exit_gradient`, and for a
+    `first_exit` below 1.
     """
 
-    beta: float = 0.5  # share of the channels that deeper exits train, in [0, 1]
+    beta: float | tuple[float, ...] = 0.5  # share of the channels that deeper exits train, in
+    # [0, 1]; or one for each exit but the last
     partition: bool = True  # False: joint training, the rest is ignored
     referencing: bool = True  # see the other part without training it; False: zeros instead
     exit_gradient: str = "own"  # channels an exit trains: "own" (paper) or "all"
+    first_exit: int = 1  # the first one whose feature is cut
 
     def __post_init__(self):
-        if not 0.0 <= self.beta <= 1.0:  # False for NaN too
+        if isinstance(self.beta, list):  # as JSON has it
+            object.__setattr__(self, "beta", tuple(self.beta))
+        shares = self.beta if isinstance(self.beta, tuple) else (self.beta,)
+        if not shares or not all(0.0 <= beta <= 1.0 for beta in shares):  # False for NaN too
             raise ValueError(f"surgery.beta must lie in [0, 1], got {self.beta}")
+        if self.first_exit < 1:
+            raise ValueError(f"surgery.first_exit must be 1 or more, got {self.first_exit}")
         if self.exit_gradient not in ("own", "all"):
             raise ValueError(
                 f'surgery.exit_gradient must be "own" or "all", got {self.exit_gradient!r}'
@@ -119,6 +129,27 @@ class Surgery:
     def hides(self) -> bool:
         """Whether a side sees zeros in the place of the channels that the other one trains."""
         return self.partition and not self.referencing
+
+    def check(self, num_exits: int) -> None:
+        """Raise ValueError if this surgery does not fit a network of `num_exits` exits."""
+        if isinstance(self.beta, tuple) and len(self.beta) != num_exits - 1:
+            raise ValueError(
+                f"surgery.beta has {len(self.beta)} values, and {num_exits - 1} features of the "
+                f"network's {num_exits} exits are cut"
+            )
+        if self.first_exit > num_exits:
+            raise ValueError(
+                f"surgery.first_exit = {self.first_exit} is no exit of the network's {num_exits}"
+            )
+
+    def at(self, i: int) -> "Surgery":
+        """The surgery on the feature after segment i (from 0), of one beta."""
+        return dataclasses.replace(
+            self,
+            beta=self.beta[i] if isinstance(self.beta, tuple) else self.beta,
+            partition=self.partition and i + 1 >= self.first_exit,
+            first_exit=1,
+        )
 
     def cut(self, channels: int) -> int:
         """Number k of shared channels: round(beta C), half to even as Python rounds."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from dfs_jax import models
 from dfs_jax.surgery import Partitioned, Surgery, conv, dense
 
 PROPERTY = settings(max_examples=8, deadline=None)
@@ -263,11 +264,57 @@ def test_cut_of_a_half_goes_to_even(channels, cut):
         ({"beta": 1.1}, "beta must lie in"),
         ({"beta": float("nan")}, "beta must lie in"),
         ({"exit_gradient": "both"}, '"own" or "all"'),
+        ({"beta": ()}, "beta must lie in"),
+        ({"beta": (0.5, 2.0)}, "beta must lie in"),
+        ({"first_exit": 0}, "first_exit must be 1 or more"),
     ],
 )
 def test_bad_choices_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Surgery(**fields)
+
+
+@pytest.mark.parametrize(
+    ("surgery", "cuts"),
+    [
+        (Surgery(beta=(0.25, 0.5)), (1, 3)),
+        (Surgery(beta=(0.25, 0.5), first_exit=2), (None, 3)),
+        (Surgery(first_exit=3), (None, None)),
+    ],
+)
+def test_each_place_has_its_cut(surgery, cuts):
+    """Which exits train which channels of the two features between the segments of a VGG."""
+    network = models.create_model(
+        "vgg7_cifar100", num_classes=3, surgery=surgery, widths=((4,), (6,), (4,))
+    )
+    images = random(0, 4, 8, 8, 1).astype(np.float32)
+    variables = network.init(jax.random.key(0), images)
+
+    def losses(params):
+        out, _ = network.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.stack([jnp.sum(jnp.square(z - 1)) for z in out.logits])
+
+    gradients = jax.jit(jax.jacrev(losses))(variables["params"])
+    for i, cut in enumerate(cuts):
+        kernel = gradients[f"convs_{i}"]["kernel"]
+        trained = np.any(np.asarray(kernel) != 0, axis=(1, 2, 3))  # (exits, channels)
+        channels = np.arange(trained.shape[-1])
+        for j in range(i, 3):
+            own = channels >= (cut or 0) if j == i else channels < (cut or len(channels))
+            np.testing.assert_array_equal(trained[j], own if cut else True)
+
+
+def test_a_surgery_that_does_not_fit_the_network_is_refused():
+    for surgery, message in (
+        (Surgery(beta=(0.5,)), "beta has 1 values, and 2 features of the network's 3 exits"),
+        (Surgery(first_exit=4), "first_exit = 4 is no exit of the network's 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.create_model(
+                "vgg7_cifar100", num_classes=2, surgery=surgery, widths=((4,), (4,), (4,))
+            )
 
 
 def test_kernel_that_does_not_fit_is_refused():

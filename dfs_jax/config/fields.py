@@ -29,6 +29,7 @@ def default() -> ml_collections.ConfigDict:
 
     # What deeper exits share of a feature; the fields are those of `surgery.Surgery`.
     c.surgery = ml_collections.ConfigDict(dataclasses.asdict(Surgery()))
+    c.surgery.beta = config_dict.FieldReference(c.surgery.beta, field_type=object)
     # The exits' losses; the fields are those of `objectives.Objective`.
     c.objective = ml_collections.ConfigDict(dataclasses.asdict(Objective()))
 

@@ -23,6 +23,7 @@ _KINDS: dict[str, Any] = {
     "gradients.options.auxiliary_weights": tuple[float, ...],
     "objective.exit_weights": tuple[float, ...],
     "optimizer.milestones": tuple[float, ...],
+    "surgery.beta": float | tuple[float, ...],
     "train.freeze": tuple[str, ...],
     "train.phases": tuple[dict, ...],
     "train.profile_steps": tuple[int, ...],
@@ -110,6 +111,11 @@ def check(config: ml_collections.ConfigDict, section: str = "") -> None:
             wanted = _wanted(value, _KINDS.get(path) or _kind(usual, kind), _RANGES.get(path, _ANY))
             if wanted:
                 raise ConfigError(f"config.{path} = {shown(value)} must be {wanted}")
+
+
+def number_of(path: str) -> type:
+    """Of a field that takes a number or a tuple of them, the type of a number."""
+    return typing.get_args(_KINDS[path])[0]
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:

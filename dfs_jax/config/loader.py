@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from dfs_jax.config.errors import ConfigError, listed, shown, unknown
 from dfs_jax.config.fields import default, set_gradients, set_network
-from dfs_jax.config.limits import check
+from dfs_jax.config.limits import check, number_of
 
 _LONGEST = 400  # characters of a message that is not ours
 
@@ -186,16 +186,18 @@ def _override(c: ml_collections.ConfigDict, path: str, text: str) -> None:
             node = node[key]
     if isinstance(node[leaf], ml_collections.ConfigDict):
         raise ConfigError(f"config.{path} is a section; its fields: {listed(node[leaf])}")
+    kind = node.get_type(leaf)
+    number = number_of(path) if kind is object else kind
     try:
-        value = _parse(text, node.get_type(leaf))
+        value = _parse(text, kind, number)
         # Only placeholders, which ml_collections keeps as references, can be None.
         fields = dict(node.items(preserve_field_references=True))
         if value is None and not isinstance(fields[leaf], config_dict.FieldReference):
             raise ValueError(text)
         node[leaf] = value
     except (TypeError, ValueError, OverflowError):
-        kind = node.get_type(leaf)
-        name = "int or (int, int)" if kind is object else kind.__name__
+        name = number.__name__
+        name = f"{name} or ({name}, {name})" if kind is object else name
         hint = ", which is written as (1, 2) or ('text',)" if kind is tuple else ""
         raise ConfigError(
             f"config.{path}: {shown(text)} is not a value of type {name}{hint}"
@@ -209,7 +211,7 @@ def _choose_length(c: ml_collections.ConfigDict, given: Collection[str]) -> None
             c.train[other] = type(c.train[other])(0)
 
 
-def _parse(text: str, kind: type) -> Any:
+def _parse(text: str, kind: type, number: type) -> Any:
     if kind is str:
         return text
     if kind is bool:
@@ -221,8 +223,8 @@ def _parse(text: str, kind: type) -> Any:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(text) from None
-    if kind is object:  # a number, or one for each side
-        kind = tuple if isinstance(value, list | tuple) else int
+    if kind is object:  # a number, or several
+        kind = tuple if isinstance(value, list | tuple) else number
         if value is None:
             raise ValueError(text)
     if kind is tuple:

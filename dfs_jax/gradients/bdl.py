@@ -50,11 +50,12 @@ def bdl(
 
     def check(network, objective):
         surgery = network.surgery
-        shared = surgery.partition and surgery.beta > 0
-        if not shared or (surgery.referencing and surgery.exit_gradient == "all"):
+        if surgery.referencing and surgery.exit_gradient == "all":
             return
         for i in range(num_exits - 1):
-            if all(start > i for start in starts[i + 1 :]):
+            here = surgery.at(i)
+            shared = here.partition and here.beta > 0
+            if shared and all(start > i for start in starts[i + 1 :]):
                 raise ValueError(
                     f"gradients bdl, variant {variant!r}: no deeper exit's loss reaches segment "
                     f"{i + 1}, so nothing would train the channels that surgery takes from exit "

@@ -156,6 +156,11 @@ def _places(
             ) from None
         channels = shape[-2] if kernel else 0
         if "_*" in name:
+            if isinstance(network.surgery.beta, tuple):
+                raise InteropError(
+                    "the official code cuts the kernels of a VGG at one share of the channels; "
+                    f"surgery.beta must be a number, got {network.surgery.beta}"
+                )
             cut = network.surgery.cut(channels)
             shared, other = name.replace("_*", "_p"), name.replace("_*", "_s")
             pieces = (shared, 0, cut), (other, cut, channels)

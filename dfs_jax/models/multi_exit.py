@@ -156,8 +156,9 @@ class MultiExit(nn.Module, kw_only=True):
         if i == self.num_exits - 1:
             return None, self.exit_input(i, cut, cut)
         onwards, aside = boundary(i, cut) if boundary else (cut, cut)
-        exit_input = self.exit_input(i, self.surgery.to_exit(aside), aside)
-        return (*others, self.surgery.to_next(onwards)), exit_input
+        surgery = self.surgery.at(i)
+        exit_input = self.exit_input(i, surgery.to_exit(aside), aside)
+        return (*others, surgery.to_next(onwards)), exit_input
 
     def classify(
         self,

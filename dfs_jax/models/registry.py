@@ -126,7 +126,7 @@ def create_model(
         raise ValueError(f"dropout_rate must lie in [0, 1), got {dropout_rate}")
     _check_values(name, options)
     full_precision(dtype)  # raises for what is not a type
-    return network.build(
+    made = network.build(
         num_classes=num_classes,
         surgery=surgery,
         dtype=dtype,
@@ -136,6 +136,8 @@ def create_model(
         **network.fixed,
         **{**network.options, **options},
     )
+    surgery.check(made.num_exits)
+    return made
 
 
 # Larger ones are slips: tracing so many layers takes minutes, so wide a layer any memory.

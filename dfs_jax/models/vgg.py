@@ -46,7 +46,8 @@ class VGG(MultiExit):
 
     def setup(self):
         widths = self._flat_widths
-        inits = [torch_default(), *map(self._init, widths)]  # by what is read, the images first
+        # By what is read, the images first.
+        inits = [torch_default(), *(self._init(i, width) for i, width in enumerate(widths))]
         self.convs = [
             Conv(width, 3, use_bias=i == 0, dtype=self.dtype, kernel_init=inits[i])
             for i, width in enumerate(widths)
@@ -62,9 +63,12 @@ class VGG(MultiExit):
         if self.adapters:
             self.adapter_layers = [_Adapter(widths[-1], dtype=self.dtype) for _ in widths[:-1]]
 
-    def _init(self, inputs: int) -> Initializer:
-        """Of a kernel that reads `inputs` channels which surgery may have cut."""
-        return split_torch_default(self.surgery.cut(inputs)) if self.split_init else torch_default()
+    def _init(self, i: int, inputs: int) -> Initializer:
+        """Of a kernel that reads the `inputs` channels after segment i."""
+        if not self.split_init:
+            return torch_default()
+        cut = min(i, self.num_exits - 2)  # the official code splits what reads the last one too
+        return split_torch_default(self.surgery.at(cut).cut(inputs))
 
     @property
     def _flat_widths(self) -> list[int]:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class Grid:
       baseline: labels of the configuration to which the others are compared, by axis; an axis
         that it leaves out is compared at equal values.
       overrides: fields that every run sets.
+      has: whether the grid has the run of these labels, by axis; None: it has all combinations.
     """
 
     base: str
     axes: Mapping[str, Axis | Sequence[Any]]
     baseline: Mapping[str, str] = dataclasses.field(default_factory=dict)
     overrides: Sequence[str] = ()
+    has: Callable[[Mapping[str, str]], bool] | None = None
 
     def __post_init__(self):
         if isinstance(self.overrides, str) or not isinstance(self.axes, Mapping):
@@ -76,12 +78,16 @@ def cells(grid: Grid, directory: Path) -> list[Cell]:
     result = []
     for labels in itertools.product(*axes.values()):
         chosen = dict(zip(axes, labels, strict=True))
+        if grid.has is not None and not grid.has(chosen):
+            continue
         overrides = [*grid.overrides]
         overrides += [item for axis, label in chosen.items() for item in axes[axis][label]]
         words = [item.partition("=")[2] for item in overrides if item.startswith("preset=")]
         fields = [item for item in overrides if not item.startswith("preset=")]
         base = f"{directory / grid.base}:{','.join(words)}"
         result.append(Cell(chosen, configuration.load(base, fields)))
+    if not result:
+        raise ConfigError("the grid has no runs: `has` is False for every combination")
     for name, count in collections.Counter(cell.name for cell in result).items():
         if count > 1:
             raise ConfigError(f"two runs of the grid have the same labels: {name}")

@@ -93,6 +93,7 @@ def test_a_saved_field_that_is_missing_takes_its_default():
         ("seed=3", 3),
         ("surgery.beta=0.25", 0.25),
         ("surgery.beta=1", 1.0),
+        ("surgery.beta=(0.25,1)", (0.25, 1)),
         ("train.epochs=2", 2.0),
         ("optimizer.learning_rate=1e-3", 1e-3),
         ("data.flip=true", True),

@@ -38,8 +38,8 @@ def test_every_field_refuses_other_types(path, kind):
         placeholder = value is None and path in ("data.dir", "train.init_from")
         if kind in (tuple, object) and isinstance(value, tuple):
             continue  # by their elements, below
-        if kind is object and type(value) is int:
-            continue  # data.image_size: a number, or one for each side
+        if kind is object and type(value) in (int, limits.number_of(path)):
+            continue  # a number, or several
         if isinstance(value, dict) or of_kind or placeholder:
             continue
         with pytest.raises(ConfigError, match=rf"^config\.{path}( = |: )") as caught:
