@@ -164,7 +164,7 @@ def test_what_is_no_field_is_refused_with_the_nearest_or_the_known_ones(override
 def test_a_network_named_in_an_override_brings_its_own_options():
     # In any order: the name is applied first.
     c = config.load(DIGITS, ["model.options.widths=((8,8),(8,8))", "model.name=vgg7_cifar100"])
-    every = {"adapters", "collaboration", "dropout_rate"}
+    every = {"adapters", "boosting", "collaboration", "dropout_rate"}
     assert set(c.model.options) == every | {"split_init", "widths"}
     assert c.model.options.widths == ((8, 8), (8, 8))
     with pytest.raises(ConfigError, match="growth"):
