@@ -15,7 +15,7 @@ method, in any order:
                        numbers of MSDNet come from
     joint              deep supervision: the summed cross-entropy of all exits, nothing else
     byot               joint training with distillation from the last exit (arXiv 1905.08094)
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
+    ge, boost, cgt, …  the other methods, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 

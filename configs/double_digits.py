@@ -18,7 +18,7 @@ Presets, as a comma list of at most one network and one method, in any order:
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     dfs_all            the same, every exit training all of its channels (official MSDNet code)
     joint              the summed loss of all exits
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
+    ge, boost, cgt, …  the other methods, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 """

@@ -24,7 +24,7 @@ Presets, as a comma list of at most one network and one method, in any order:
     msdnet             MSDNet for large images, five exits; sets data.image_size to 224
     dfs (default)      Deep Feature Surgery, beta 0.5, every exit training its own channels
     joint              the summed loss of all exits
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
+    ge, boost, cgt, …  the other methods, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 """

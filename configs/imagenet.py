@@ -16,7 +16,7 @@ Arguments, as a comma list of at most one network and one method, in any order:
     dfs_all            the same, every exit training all of its channels: what the published
                        numbers of MSDNet and ViT come from
     joint              the summed loss of all exits
-    ge, pcgrad, …      the other methods of the published tables, see dfs_jax/config/presets.py
+    ge, boost, cgt, …  the other methods, see dfs_jax/config/presets.py
     imta               frozen backbone of a run with ge, which train.init_from names; exits see
                        the previous exit's answer (arXiv 1908.06294)
 

@@ -1,4 +1,4 @@
-"""Every method of the published CIFAR-100 table on one recipe, two seeds each.
+"""Every method word on one recipe, two seeds each: the published CIFAR-100 table, and later ones.
 
     python -m dfs_jax.ablate --config configs/ablations/methods.py --workdir runs/methods
 

@@ -1,9 +1,9 @@
 """Presets: the words after `FILE:`, and what a method word such as "dfs" sets in every file alike.
 
 Network words are each file's own. A method word stands for a row of the published tables (arXiv
-2407.13986), on whatever recipe the configuration file has. A file takes `METHODS` as it is, or adds
-to a word what its own networks need. `SECOND_STAGES` are words for runs that start from another
-run's weights.
+2407.13986) or, as `boost` and `cgt`, for a paper of its own, on whatever recipe the configuration
+file has. A file takes `METHODS` as it is, or adds to a word what its own networks need.
+`SECOND_STAGES` are words for runs that start from another run's weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,6 +78,16 @@ def in_phases(*phases: Mapping[str, Any]) -> Preset:
     return apply
 
 
+def boost(c: ml_collections.ConfigDict) -> None:
+    """BoostNet (AAAI 2023, arXiv 2211.16726), with the share of its CIFAR-100 runs.
+
+    Every exit adds to half of the logits before it (`models/multi_exit.py`); the backbone has
+    gradient equilibrium.
+    """
+    method("equilibrium")(c)
+    c.model.options.boosting = 0.5
+
+
 METHODS: dict[str, Preset] = {
     "dfs": surgery("own"),  # the paper's definition
     "dfs_all": surgery("all"),  # what the official MSDNet code ran, and its published rows report
@@ -94,6 +104,8 @@ METHODS: dict[str, Preset] = {
     "mixed": in_phases({"share": 0.5, "trains": "last"}, {"share": 0.5}),
     # ... or then the other exits on what it is.
     "disjoint": in_phases({"share": 0.5, "trains": "last"}, {"share": 0.5, "trains": "exits"}),
+    "boost": boost,
+    "cgt": method("confidence_gated", gate="soft"),  # arXiv 2509.17885
 }
 
 

@@ -77,7 +77,6 @@ def from_network(network: Any, variables: Any, batch: Any) -> tuple[Stage, ...]:
     Every program holds only the weights that it reads, so that calling it costs no more
     dispatch than it must. Raises ValueError for input that the network refuses.
     """
-    collaboration = getattr(network, "collaboration", False)
     stages: list[Stage] = []
     carry = batch
     told: Arrays = ()  # logits of the exit before, where exits see them
@@ -87,7 +86,7 @@ def from_network(network: Any, variables: Any, batch: Any) -> tuple[Stage, ...]:
         head = functools.partial(_head, network, i)
         given = (carry, told)
         onwards, seen = jax.eval_shape(segment, variables, given)
-        tells = collaboration and onwards is not None
+        tells = getattr(network, "sees_previous", False) and onwards is not None
         stages.append(
             Stage(
                 _pruned(segment, variables, given),

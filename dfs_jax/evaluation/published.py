@@ -87,4 +87,25 @@ _TABLES = {
             "L2W-DEN, 300 epochs": (61.64, 67.89, 71.61, 73.82, 75.03),
         },
     ),
+    # L2W-DEN: github.com/LeapLabTHU/L2W-DEN, 300 epochs with label smoothing. No costs are printed
+    # there; these are counted (`model.options.steps=(6, 6, 6, 6, 6)`).
+    "imagenet_msdnet_step6": Published(
+        title="ImageNet, MSDNet (step 6)",
+        costs=(514.66e6, 1171.18e6, 1844.52e6, 2501.40e6, 2742.06e6),
+        top1={
+            "L2W-DEN, 100 epochs": (60.05, 69.13, 73.33, 75.19, 76.30),
+            "L2W-DEN, 300 epochs": (61.41, 70.70, 74.38, 75.80, 76.66),
+        },
+    ),
+    # Costs and MSDNet: the released weights, trained without the 50,000 images that are held out,
+    # as measured in github.com/kalviny/MSDNet-PyTorch, issue 10. L2W-DEN: as for step 6.
+    "imagenet_msdnet_step7": Published(
+        title="ImageNet, MSDNet (step 7)",
+        costs=(615.69e6, 1436.39e6, 2283.21e6, 2967.42e6, 3253.79e6),
+        top1={
+            "MSDNet": (62.90, 70.32, 73.00, 73.59, 74.59),
+            "L2W-DEN, 100 epochs": (59.24, 69.65, 73.94, 75.66, 76.72),
+            "L2W-DEN, 300 epochs": (60.94, 71.88, 75.13, 76.03, 76.82),
+        },
+    ),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from dfs_jax.gradients.bdl import bdl
 from dfs_jax.gradients.cagrad import cagrad
+from dfs_jax.gradients.confidence_gated import confidence_gated
 from dfs_jax.gradients.equilibrium import equilibrium
 from dfs_jax.gradients.joint import joint
 from dfs_jax.gradients.l2w_den import l2w_den
@@ -18,6 +19,7 @@ from dfs_jax.gradients.problem import Aux, Problem
 _METHODS: dict[str, Callable[..., GradientMethod]] = {
     "bdl": bdl,
     "cagrad": cagrad,
+    "confidence_gated": confidence_gated,
     "equilibrium": equilibrium,
     "joint": joint,
     "l2w_den": l2w_den,

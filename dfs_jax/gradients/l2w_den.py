@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dfs_jax.gradients.method import GradientMethod, Update
+from dfs_jax.gradients.method import GradientMethod, Update, weighting_examples
 
 
 def l2w_den(
@@ -70,13 +70,6 @@ def l2w_den(
         mlp = initial_mlp(num_exits, hidden, dtype)
         return mlp, adam.init(mlp)
 
-    def check(network, objective):
-        if objective.feature_weight and objective.feature_reduction == "batch_norm":
-            raise ValueError(
-                "gradients l2w_den weights examples, and objective.feature_reduction="
-                '"batch_norm" has no loss per example; use "mean"'
-            )
-
     def apply(problem, params, state, rng):
 
         def learn(state, batches):
@@ -100,6 +93,7 @@ def l2w_den(
         gradients, aux = jax.grad(total, has_aux=True)(params)
         return Update(gradients), aux, (mlp, moments)
 
+    check = weighting_examples("l2w_den")
     return GradientMethod(init, apply, check, smallest_batch=2)
 
 

@@ -49,3 +49,16 @@ class GradientMethod(NamedTuple):
     check: Callable[[Any, Any], None] = lambda network, objective: None
     cycle: int = 1
     smallest_batch: int = 1
+
+
+def weighting_examples(name: str) -> Callable[[Any, Any], None]:
+    """The `check` of a method `name` that weights examples: each one needs a loss of its own."""
+
+    def check(network: Any, objective: Any) -> None:
+        if objective.feature_weight and objective.feature_reduction == "batch_norm":
+            raise ValueError(
+                f"gradients {name} weights examples, and objective.feature_reduction="
+                '"batch_norm" has no loss per example; use "mean"'
+            )
+
+    return check

@@ -40,7 +40,7 @@ class PerExit:
 
     cumulative: tuple[int, ...]  # as published: backbone and all heads up to the exit's own
     path: tuple[int, ...]  # backbone up to the exit, and of the heads those that it needs: its own,
-    # with collaboration all before it as well
+    # all before it as well where exits see the previous answer
     segments: tuple[int, ...]  # the part of the backbone between the exit before and this one
     heads: tuple[int, ...]  # the exit's own head alone
 
@@ -137,7 +137,7 @@ def _counted(network: Any, batch: Any) -> _Counted:
         head = functools.partial(_logits, network, i)
         cost, logits = _trace(head, variables, (exit_input, *told), prune=True)
         heads.append(cost)
-        if getattr(network, "collaboration", False):
+        if getattr(network, "sees_previous", False):
             told = (logits,)
         if carry is None:
             break
@@ -159,7 +159,7 @@ def _advance(network: Any, i: int, params: Any, others: Any, carry: Any) -> Any:
 
 
 def _logits(network: Any, i: int, params: Any, others: Any, seen: tuple[Any, ...]) -> jax.Array:
-    """Of exit i, from its input and, with collaboration, the logits of the exit before it."""
+    """Of exit i, from its input and, where it sees them, the logits of the exit before it."""
     exit_input, *told = seen
     variables, previous = {"params": params, **others}, {"previous": told[0]} if told else {}
     return network.apply(variables, exit_input, i, train=False, method="classify", **previous)[0]

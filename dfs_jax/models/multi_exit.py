@@ -43,6 +43,11 @@ class MultiExit(nn.Module, kw_only=True):
       adapters: add the linear layers that only feature distillation uses.
       collaboration: every exit but the first sees what the exit before it has answered; see
         `collaboration.py`.
+      boosting: share of the logits before that every exit but the first adds to its own, 0 for
+        none, as in BoostNet (AAAI 2023, arXiv 2211.16726): z_i = f_i + boosting · z_{i-1}, where
+        z_{i-1} is a constant, so that each exit learns what those before it have left. (The
+        official code has a share per exit; its CIFAR-100 runs have 0.5 for all.) Not together
+        with collaboration.
       rematerialise: recompute each segment in the backward pass instead of keeping what it made.
     """
 
@@ -52,6 +57,7 @@ class MultiExit(nn.Module, kw_only=True):
     dropout_rate: float = 0.0
     adapters: bool = False
     collaboration: bool = False
+    boosting: float = 0.0
     rematerialise: bool = False
 
     # What a network defines.
@@ -112,6 +118,11 @@ class MultiExit(nn.Module, kw_only=True):
 
     # What everything else calls.
 
+    @property
+    def sees_previous(self) -> bool:
+        """Whether every exit but the first needs the logits of the exit before it."""
+        return self.collaboration or self.boosting > 0
+
     def __call__(
         self,
         images: jax.Array,
@@ -170,18 +181,24 @@ class MultiExit(nn.Module, kw_only=True):
     ) -> tuple[jax.Array, jax.Array]:
         """Logits (B, num_classes) and distillation feature of exit i (static, from 0).
 
-        With collaboration every exit but the first needs `previous`, the logits of the exit
-        before it, and raises ValueError without; otherwise they are not looked at.
+        With collaboration or boosting every exit but the first needs `previous`, the logits of
+        the exit before it, and raises ValueError without; otherwise they are not looked at.
         """
         logits, feature = self.head(i, exit_input, train=train)
-        if self.collaboration and i:
-            if previous is None:
-                raise ValueError(
-                    f"with collaboration, classify needs previous=, the logits of exit {i}, to "
-                    f"answer for exit {i + 1}"
-                )
-            logits = logits + self.collaborators[i - 1](previous, train=train)
+        if self.sees_previous and i:
+            logits = logits + self._seen(previous, i, train=train)
         if self.adapters and i < self.num_exits - 1:
             feature = self.adapter(i, exit_input, feature)
         wide = full_precision(self.dtype)
         return logits.astype(wide), feature.astype(wide)
+
+    def _seen(self, previous: jax.Array | None, i: int, *, train: bool) -> jax.Array:
+        """What exit i adds to its own logits for those of the exit before it: (B, num_classes)."""
+        if previous is None:
+            raise ValueError(
+                f"classify needs previous=, the logits of exit {i}, to answer for exit {i + 1}, "
+                "which sees them"
+            )
+        if self.collaboration:
+            return self.collaborators[i - 1](previous, train=train)
+        return self.boosting * jax.lax.stop_gradient(previous)

@@ -90,7 +90,7 @@ def options(name: str) -> dict[str, Any]:
 
     `dropout_rate` None stands for the published rate. Raises ValueError for an unknown name.
     """
-    common = {"dropout_rate": None, "adapters": False, "collaboration": False}
+    common = {"dropout_rate": None, "adapters": False, "collaboration": False, "boosting": 0.0}
     return common | _find(name).options
 
 
@@ -103,13 +103,15 @@ def create_model(
     dropout_rate: float | None = None,
     adapters: bool = False,
     collaboration: bool = False,
+    boosting: float = 0.0,
     **options: Any,
 ) -> MultiExit:
     """The network `name` as a linen module with the contract of `multi_exit.py`.
 
     `dropout_rate=None` is the published rate; `adapters` adds the layers that only feature
     distillation uses; `collaboration` shows every exit but the first what the one before it has
-    answered (`collaboration.py`); `options` are the network's own, see `options(name)`.
+    answered (`collaboration.py`), `boosting` adds that share of it to the exit's own answer
+    (`multi_exit.py`); `options` are the network's own, see `options(name)`.
 
     Initial weights never depend on `surgery`, so that what is compared starts from the same ones;
     the option `split_init=True` of VGG, the official draw, is the one exception. Raises ValueError
@@ -124,6 +126,13 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if dropout_rate is not None and not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate must lie in [0, 1), got {dropout_rate}")
+    if not 0 <= boosting <= 1:
+        raise ValueError(f"boosting must lie in [0, 1], got {boosting}")
+    if boosting and collaboration:
+        raise ValueError(
+            "boosting and collaboration both say what an exit makes of the answer before it; "
+            f"choose one, got boosting={boosting} and collaboration=True"
+        )
     _check_values(name, options)
     full_precision(dtype)  # raises for what is not a type
     made = network.build(
@@ -133,6 +142,7 @@ def create_model(
         dropout_rate=network.dropout_rate if dropout_rate is None else dropout_rate,
         adapters=adapters,
         collaboration=collaboration,
+        boosting=boosting,
         **network.fixed,
         **{**network.options, **options},
     )

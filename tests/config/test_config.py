@@ -48,6 +48,23 @@ def test_every_preset_survives_its_json(spec):
     assert c.model.options.is_locked
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("boost", ("vgg7_cifar100", 0.5, "equilibrium", False)),
+        ("boost,full,resnet18", ("resnet18_cifar100", 0.5, "equilibrium", False)),
+        ("msdnet,boost,small", ("msdnet_cifar100", 0.5, "equilibrium", False)),
+        ("cgt,msdnet", ("msdnet_cifar100", 0.0, "confidence_gated", False)),
+        ("dfs", ("vgg7_cifar100", 0.0, "joint", True)),
+    ],
+)
+def test_method_words_hold_for_the_network_that_was_chosen(words, expected):
+    c = config.load(f"{CONFIGS}/fashion_mnist.py:{words}")
+    boosting, method = c.model.options.boosting, c.gradients.name
+    assert (c.model.name, boosting, method, c.surgery.partition) == expected
+    assert c.gradients.options.get("gate", "soft") == "soft"
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_options_of_every_network_survive_their_json(name):
     c = config.load(DIGITS, [f"model.name={name}", "model.options.dropout_rate=0.25"])
@@ -165,7 +182,7 @@ def test_what_is_no_field_is_refused_with_the_nearest_or_the_known_ones(override
 def test_a_network_named_in_an_override_brings_its_own_options():
     # In any order: the name is applied first.
     c = config.load(DIGITS, ["model.options.widths=((8,8),(8,8))", "model.name=vgg7_cifar100"])
-    every = {"adapters", "collaboration", "dropout_rate"}
+    every = {"adapters", "boosting", "collaboration", "dropout_rate"}
     assert set(c.model.options) == every | {"split_init", "widths"}
     assert c.model.options.widths == ((8, 8), (8, 8))
     with pytest.raises(ConfigError, match="growth"):

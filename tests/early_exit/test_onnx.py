@@ -30,6 +30,7 @@ from dfs_jax.training.run import create_network
 ROOT = Path(__file__).parents[2]
 IMAGE = (8, 8, 1)
 VGG = ("vgg7_cifar100", {"widths": ((4, 3),), "collaboration": True}, {"referencing": False})
+BOOSTED = ("vgg7_cifar100", {"widths": ((4, 3),), "boosting": 0.5}, {"referencing": False})
 
 
 def network(name, options, surgery):
@@ -64,9 +65,11 @@ def vgg(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def loaded(vgg):
-    return EarlyExit.load(vgg)
+@pytest.fixture(scope="module", params=[VGG, BOOSTED], ids=["collaboration", "boosting"])
+def loaded(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("loaded") / "vgg.bundle"
+    write(path, *request.param)
+    return EarlyExit.load(path)
 
 
 def images(count):
@@ -333,6 +336,7 @@ PYTHON = (
     "chosen",
     [
         VGG,
+        BOOSTED,
         ("msdnet_digits", {"steps": (1, 1)}, {"exit_gradient": "all"}),
         ("resnet18_cifar100", {"width": 4}, {}),
         ("vit_tiny_patch16", {"depth": 2, "patch_size": 4, "first_exit": 1}, {}),

@@ -7,8 +7,12 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from shapes import image
 
 from dfs_jax.evaluation import calibration, plots, published
+from dfs_jax.models import create_model
+from dfs_jax.models.cost import exit_costs
+from dfs_jax.surgery import Surgery
 
 
 @pytest.fixture
@@ -99,6 +103,15 @@ def test_published_tables_are_whole():
         assert all(50 < value < 90 for row in table.top1.values() for value in row)
     with pytest.raises(ValueError, match="'cifar'; known: cifar100_msdnet, cifar100_resnet18"):
         published.results("cifar")
+
+
+@pytest.mark.parametrize("step", [6, 7])
+def test_published_costs_of_larger_networks_are_those_counted_here(step):
+    """Of step 7 an independent counter, the official one, has printed the same."""
+    options = {"num_classes": 1000, "surgery": Surgery(), "steps": (step,) * 5}
+    costs = exit_costs(create_model("msdnet_imagenet", **options), image(224, 224, 3)).cumulative
+    table = published.results(f"imagenet_msdnet_step{step}")
+    np.testing.assert_allclose(costs, table.costs, atol=5e3, rtol=0)
 
 
 def test_matplotlib_is_loaded_only_to_draw():

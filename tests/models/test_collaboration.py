@@ -1,4 +1,7 @@
-"""Exits that see the previous exit's answer: values by hand, gradients, segment by segment."""
+"""Exits that see the previous exit's answer, by collaboration or boosting: values by hand,
+gradients, segment by segment."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,14 @@ from dfs_jax.objectives import Objective
 from dfs_jax.surgery import Surgery
 
 CHEAPEST = "vgg7_cifar100"
+SHARE = 0.5  # of boosting
+SEEING = {"collaboration": {"collaboration": True}, "boosting": {"boosting": SHARE}}
+seeing = pytest.mark.parametrize("seeing", SEEING)
 
 
-def network(name=CHEAPEST, **options):
-    """A small network with collaboration, images, and variables from numpy."""
-    model, images = small(name, collaboration=True, **options)
+def network(name=CHEAPEST, seeing="collaboration", **options):
+    """A small network whose exits see the previous answer, images, and variables from numpy."""
+    model, images = small(name, **SEEING[seeing], **options)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     return model, images, filled(shapes)
 
@@ -60,15 +66,24 @@ def test_logits_are_those_without_plus_what_the_previous_ones_say(name):
     last = variables["params"][f"collaborators_{model.num_exits - 2}"]
     assert last["dense"]["kernel"].shape == (width, 5)
 
-    found, apart = quickly(lambda v: (model.apply(v, images), plain.apply(without(v), images)))(
-        variables
-    )
-    previous = None
-    for i, logits in enumerate(apart.logits):
-        want = logits if previous is None else logits + term(variables, i, previous)
-        np.testing.assert_allclose(found.logits[i], want, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(found.features[i], apart.features[i], rtol=1e-5, atol=1e-5)
-        previous = np.asarray(found.logits[i])
+    boosted = plain.clone(boosting=SHARE)
+
+    @quickly
+    def run(variables):
+        others = without(variables)
+        every = (model, variables), (boosted, others), (plain, others)
+        return [network.apply(given, images) for network, given in every]
+
+    collaborating, boosting, apart = run(variables)
+    for found, seen in (
+        (collaborating, lambda i, previous: term(variables, i, previous)),
+        (boosting, lambda i, previous: SHARE * previous),
+    ):
+        answer = None
+        for i, logits in enumerate(apart.logits):
+            answer = np.asarray(logits) + (0 if answer is None else seen(i, answer))
+            np.testing.assert_allclose(found.logits[i], answer, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(found.features[i], apart.features[i], rtol=1e-5, atol=1e-5)
 
 
 def test_one_dense_layer_on_feature_and_answer_side_by_side():
@@ -84,8 +99,9 @@ def test_one_dense_layer_on_feature_and_answer_side_by_side():
     np.testing.assert_allclose(seen @ kernel + exit_["bias"], out.logits[1], rtol=1e-3, atol=1e-4)
 
 
-def test_segments_and_prefix_equal_the_whole():
-    model, images, variables = network(dropout_rate=0.3)
+@seeing
+def test_segments_and_prefix_equal_the_whole(seeing):
+    model, images, variables = network(seeing=seeing, dropout_rate=0.3)
     mode = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
 
     @quickly
@@ -108,13 +124,15 @@ def test_segments_and_prefix_equal_the_whole():
     for found in (prefix, logits):
         for a, b in zip(found, whole, strict=False):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    before = variables["batch_stats"]["collaborators_1"]["bn"]["mean"]
-    assert not np.allclose(moved["collaborators_1"]["bn"]["mean"], before)
+    if seeing == "collaboration":
+        before = variables["batch_stats"]["collaborators_1"]["bn"]["mean"]
+        assert not np.allclose(moved["collaborators_1"]["bn"]["mean"], before)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, stats)
 
 
-def test_an_exit_cannot_answer_alone():
-    model, images, variables = network()
+@seeing
+def test_an_exit_cannot_answer_alone(seeing):
+    model, images, variables = network(seeing=seeing)
     _, exit_input = model.apply(variables, images, 0, method="advance")
     model.apply(variables, exit_input, 0, method="classify")  # nothing lies before the first
     with pytest.raises(ValueError, match="previous=, the logits of exit 1"):
@@ -132,16 +150,18 @@ def _touched(gradient):
     return {name for name, tree in gradient.items() if any(map(np.any, jax.tree.leaves(tree)))}
 
 
-def test_no_gradient_flows_into_the_previous_exit():
-    problem, params = _problem()
+@seeing
+def test_no_gradient_flows_into_the_previous_exit(seeing):
+    problem, params = _problem(seeing=seeing)
     gradients = quickly(lambda p: exit_gradients(problem, p)[0])(params)
     for i, gradient in enumerate(gradients):
-        own = {f"heads_{i}", f"collaborators_{i - 1}"} if i else {"heads_0"}
+        own = {f"heads_{i}"} | ({f"collaborators_{i - 1}"} & set(params))
         assert {n for n in _touched(gradient) if n.startswith(("heads", "coll"))} == own
 
 
-def test_block_dependent_losses_keep_their_blocks():
-    problem, params = _problem()
+@seeing
+def test_block_dependent_losses_keep_their_blocks(seeing):
+    problem, params = _problem(seeing=seeing)
     starts = reach(problem.num_exits, "local", 1, False)
 
     @quickly
@@ -153,8 +173,8 @@ def test_block_dependent_losses_keep_their_blocks():
     for a, b in zip(logits, aux.logits, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     for i, gradient in enumerate(apart):
-        own = [f"heads_{i}", f"convs_{i}"] + ([f"collaborators_{i - 1}"] if i else [])
-        for name in own:
+        own = {f"heads_{i}", f"convs_{i}", f"collaborators_{i - 1}"}
+        for name in own & set(params):
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
                 found[name],
@@ -183,6 +203,17 @@ def test_cost_counts_what_the_previous_answer_takes():
     assert grown.tolist() == [0, *(classes * w + w + 2 * w + w * classes for w in (4, 6))]
 
 
+def test_boosting_costs_nothing_but_every_head_before():
+    model, images, _ = network(seeing="boosting")
+    batch = images[:1]
+    plain = exit_costs(model.clone(boosting=0.0), batch)
+    costs = exit_costs(model, batch)
+    assert costs.cumulative == plain.cumulative == costs.path
+    assert (costs.segments, costs.heads) == (plain.segments, plain.heads)
+    assert plain.path[-1] < costs.path[-1]
+    assert costs.parameters.cumulative == plain.parameters.cumulative == costs.parameters.path
+
+
 def _route(parts, images, score):
     """Answers where a third of the images leaves at each exit."""
     router = Router(parts, images.shape[1:], confidence=score, sizes=(1, 4))
@@ -191,9 +222,9 @@ def _route(parts, images, score):
     return router(images, thresholds, confidences=sure)
 
 
-@pytest.fixture(scope="module")
-def served():
-    model, _, variables = network()
+@pytest.fixture(scope="module", params=SEEING)
+def served(request):
+    model, _, variables = network(seeing=request.param)
     images = np.random.default_rng(5).standard_normal((7, 8, 8, 3)).astype(np.float32)
     want = np.stack(quickly(lambda v: model.apply(v, images).logits)(variables))
     parts = stages.from_network(model, variables, images)
@@ -249,6 +280,24 @@ def test_weights_without_collaboration_fit():
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_network_has_the_option(name):
-    assert models.options(name)["collaboration"] is False
-    made = models.create_model(name, num_classes=2, surgery=Surgery(), collaboration=True)
-    assert made.collaboration
+    given = models.options(name)
+    assert (given["collaboration"], given["boosting"]) == (False, 0.0)
+    create = functools.partial(models.create_model, name, num_classes=2, surgery=Surgery())
+    assert create(collaboration=True).collaboration
+    assert create(boosting=0.25).boosting == 0.25
+    assert [create(**o).sees_previous for o in (*SEEING.values(), {})] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boosting": -0.1}, r"boosting must lie in \[0, 1\], got -0.1"),
+        ({"boosting": 1.5}, r"boosting must lie in \[0, 1\], got 1.5"),
+        ({"boosting": float("nan")}, r"boosting must lie in \[0, 1\], got nan"),
+        ({"boosting": 0.5, "collaboration": True}, "choose one, got boosting=0.5 and coll"),
+    ],
+)
+def test_boosting_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        models.create_model(CHEAPEST, num_classes=2, surgery=Surgery(), **options)
+    assert "\n" not in str(refused.value)
