@@ -87,8 +87,8 @@ _TABLES = {
             "L2W-DEN, 300 epochs": (61.64, 67.89, 71.61, 73.82, 75.03),
         },
     ),
-    # L2W-DEN: github.com/LeapLabTHU/L2W-DEN, 300 epochs with label smoothing. No costs are printed
-    # there; these are counted (`model.options.steps=(6, 6, 6, 6, 6)`).
+    # From github.com/LeapLabTHU/L2W-DEN, the second with label smoothing. No costs are printed
+    # there; these are counted here (`model.options.steps=(6, 6, 6, 6, 6)`).
     "imagenet_msdnet_step6": Published(
         title="ImageNet, MSDNet (step 6)",
         costs=(514.66e6, 1171.18e6, 1844.52e6, 2501.40e6, 2742.06e6),

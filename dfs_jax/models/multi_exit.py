@@ -46,8 +46,8 @@ class MultiExit(nn.Module, kw_only=True):
       boosting: share of the logits before that every exit but the first adds to its own, 0 for
         none, as in BoostNet (AAAI 2023, arXiv 2211.16726): z_i = f_i + boosting · z_{i-1}, where
         z_{i-1} is a constant, so that each exit learns what those before it have left. (The
-        official code has a share per exit; its CIFAR-100 runs have 0.5 for all.) Not together
-        with collaboration.
+        official code counts its shares from another exit in training than in tests, which does
+        not matter with one share for all.) Not together with collaboration.
       rematerialise: recompute each segment in the backward pass instead of keeping what it made.
     """
 
