@@ -17,7 +17,7 @@ from dfs_jax.training.checkpoint import newest_step
 from dfs_jax.writing.files import absolute, write_whole
 
 # What may change between two runs in one workdir; a change elsewhere is another experiment.
-_FREE = {
+FREE = {
     "data.dir",
     "data.on_error",
     "mesh",
@@ -75,7 +75,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     before = load(workdir)
     if before is None:
         return
-    free = set(_FREE)
+    free = set(FREE)
     if config.optimizer.schedule != "cosine":  # the others do not depend on the run's length
         free |= {"train.epochs", "train.steps"}
     lines = configuration.differences(before, config, ignored=free)

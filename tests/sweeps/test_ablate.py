@@ -11,7 +11,7 @@ from etils import epath
 
 from dfs_jax import ablate
 from dfs_jax.sweeps import grid, report, runs
-from dfs_jax.sweeps.report import Row
+from dfs_jax.sweeps.records import Record
 from dfs_jax.training import loop, workdir
 from dfs_jax.training.save_policy import Preempted
 
@@ -162,7 +162,7 @@ def test_a_failed_run_is_listed_and_the_rest_go_on(grid_file, tmp_path, trainer,
 def rows_of(values):
     """Rows of a two-exit network from {(method, seed): (exit 1, exit 2, ensemble)}."""
     return [
-        Row(
+        Record(
             {"method": method, "seeds": str(seed)},
             {
                 "test/exit1/top1": v[0],
