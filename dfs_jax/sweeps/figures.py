@@ -7,6 +7,7 @@ Plotly is imported when something is drawn.
 """
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,9 +63,10 @@ def style(number: int) -> Style:
 def accuracy(groups: Sequence[Summary]) -> Picture:
     """Mean accuracy of every exit against its cost with intervals over seeds; a dot a run."""
     unit, letter = plots.unit_of([cost for group in groups for cost in group.costs])
+    step = _beside(groups) / unit
     traces = []
     for k, group in enumerate(groups):
-        x = np.array(group.costs) / unit
+        x = np.array(group.costs) / unit + step * (k - (len(groups) - 1) / 2)
         found = np.stack(list(group.top1.values()))  # (seeds, N + 1)
         means = [summaries.interval(column) for column in found.T]
         traces.append(_line(k, group, x, means[:-1], mode="lines+markers"))
@@ -81,6 +83,13 @@ def accuracy(groups: Sequence[Summary]) -> Picture:
             y=_range(100 * values),
         )
     )
+
+
+def _beside(groups: Sequence[Summary]) -> float:
+    """How far apart configurations of one cost are drawn, so that their intervals can be told."""
+    gaps = [max(group.costs) - min(group.costs) for group in groups]
+    gaps += [10 * (b - a) for group in groups for a, b in itertools.pairwise(group.costs)]
+    return 0.03 * min((gap for gap in gaps if gap > 0), default=max(groups[0].costs)) / len(groups)
 
 
 def differences(groups: Sequence[Summary], baseline: Mapping[str, str]) -> Picture | None:
@@ -186,8 +195,11 @@ def speed(groups: Sequence[Summary]) -> Picture | None:
                     "x": [float(np.mean(found))],
                     "y": [at],
                     "text": [html.escape(_shortened(group.title, 34))],
-                    "textposition": "auto",
-                    "marker": {"color": colour, "opacity": 0.75},
+                    "textposition": "inside",
+                    "insidetextanchor": "start",
+                    "constraintext": "none",  # a long name goes on beside its bar
+                    "textfont": {"color": "#111"},
+                    "marker": {"color": colour, "opacity": 0.6},
                     "hovertemplate": f"{html.escape(group.title)}: %{{x:,.0f}}<extra></extra>",
                     "meta": {"configuration": k},
                 }
@@ -297,7 +309,7 @@ def _dots(
         "mode": "markers",
         "x": x.tolist(),
         "y": y.tolist(),
-        "marker": {"color": colour or style(k).colour, "size": 4, "opacity": 0.45},
+        "marker": {"color": colour or style(k).colour, "size": 5, "opacity": 0.5},
         "name": html.escape(group.title),
         "hoverinfo": "skip",
         "meta": {"configuration": k},
@@ -359,7 +371,7 @@ def _figure(
     layout = {
         "template": "none",
         "height": 420,
-        "margin": {"l": 10, "r": 12, "t": 12, "b": 10},
+        "margin": {"l": 10, "r": 12, "t": 34, "b": 50},
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "showlegend": False,  # the page has one for all pictures
         "xaxis": {**axis, "title": {"text": x_title}, "range": x},

@@ -18,7 +18,11 @@ from dfs_jax.sweeps.records import Record
 from dfs_jax.sweeps.summaries import Interval, Summary
 
 # For `Plotly.newPlot`. The logo is a link into the network.
-_PLOTLY = {"responsive": True, "displaylogo": False}
+_PLOTLY = {
+    "responsive": True,
+    "displaylogo": False,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "autoScale2d", "resetScale2d"]],
+}
 
 
 class Cell(NamedTuple):
@@ -86,60 +90,37 @@ def _parts(groups: Sequence[Summary]) -> dict[str, dict[str, list[int]]]:
     return {axis: parts for axis, parts in found.items() if 1 < len(parts) < len(groups)}
 
 
+_ACCURACY = """Test accuracy of every exit against its cost, and of all exits together (star). Mean
+over seeds with its 95 % interval; faint dots are the runs. Configurations of one cost stand side by
+side. An interval of few seeds can be wider than the picture: double-click into it to see all."""
+_DIFFERENCES = """Test accuracy minus that of the baseline with the same other choices, seed by seed:
+what a seed does to both does not count. Mean with its 95 % interval; faint dots are the seeds. An
+interval that reaches 0 tells no difference."""
+_LEARNING = """Accuracy while training, on the {} split. Mean over seeds; the band goes from the
+lowest to the highest."""
+_EARLY_EXIT = """Images leave at the first exit that is sure enough; the thresholds of each budget are
+fitted on the validation split. Mean over seeds; the band goes from the lowest to the highest."""
+_SPEED = """Medians of what each run logged, then the mean over seeds; dots are the runs. FLOPs are
+the fewest that a step takes (2 for a multiply-add), counted in its computation."""
+_CONFLICT = """Cosine between the gradients of two exits' losses, over the parameters that both see:
+1 where they agree, negative where a step for one sets the other back. Mean over the pairs in the
+picture, over the measurements in the table."""
+_FIELDS = "Fields of the resolved configurations that decide what is learnt."
+
+
 def _sections(groups: Sequence[Summary], baseline: Mapping[str, str]) -> list[Section]:
-    tests = any(r.config.get("data.validation_size") == 0 for g in groups for r in g.runs.values())
+    first = next(iter(groups[0].runs.values()))
+    held_out = "validation" if first.config.get("data.validation_size", 1) else "test"
+    forest, gaps = figures.differences(groups, baseline), _difference_table(groups, baseline)
+    speeds, angles = figures.speed(groups), figures.conflict(groups)
     return [
-        Section(
-            "Accuracy and cost",
-            "Test accuracy of every exit against its cost, and of all exits together (star). Mean "
-            "over seeds with its 95 % interval; faint dots are the runs. An interval of two seeds "
-            "can be wider than the picture: double-click into it to see all.",
-            figures.accuracy(groups),
-            _accuracy_table(groups),
-        ),
-        Section(
-            "Differences to the baseline",
-            "Test accuracy minus that of the baseline with the same other choices, seed by seed: "
-            "what a seed does to both does not count. Mean with its 95 % interval; faint dots are "
-            "the seeds. An interval that reaches 0 tells no difference.",
-            figures.differences(groups, baseline),
-            _difference_table(groups, baseline),
-        ),
-        Section(
-            "Learning curves",
-            "Accuracy while training, on the "
-            + ("test split where there is no validation split" if tests else "validation split")
-            + ". Mean over seeds; the band goes from the lowest to the highest.",
-            figures.learning(groups),
-        ),
-        Section(
-            "Early exit",
-            "Images leave at the first exit that is sure enough; the thresholds of each budget are "
-            "fitted on the validation split. Mean over seeds; the band goes from the lowest to the "
-            "highest.",
-            figures.budgeted(groups),
-        ),
-        Section(
-            "Speed",
-            "Medians of what each run logged, then the mean over seeds; dots are the runs. FLOPs "
-            "are the fewest that a step takes (2 for a multiply-add), counted in its computation.",
-            figures.speed(groups),
-            _speed_table(groups),
-        ),
-        Section(
-            "Conflict between exits",
-            "Cosine between the gradients of two exits' losses, over the parameters that both see: "
-            "1 where they agree, negative where a step for one sets the other back. In the table "
-            "the mean over the measurements.",
-            figures.conflict(groups),
-            _conflict_table(groups),
-        ),
-        Section(
-            "What the configurations differ in",
-            "Fields of the resolved configurations that decide what is learnt.",
-            table=_field_table(groups),
-            folded=True,
-        ),
+        Section("Accuracy and cost", _ACCURACY, figures.accuracy(groups), _accuracy_table(groups)),
+        Section("Differences to the baseline", _DIFFERENCES, forest, gaps),
+        Section("Learning curves", _LEARNING.format(held_out), figures.learning(groups)),
+        Section("Early exit", _EARLY_EXIT, figures.budgeted(groups)),
+        Section("Speed", _SPEED, speeds, _speed_table(groups)),
+        Section("Conflict between exits", _CONFLICT, angles, _conflict_table(groups)),
+        Section("What the configurations differ in", _FIELDS, None, _field_table(groups), True),
     ]
 
 
@@ -177,14 +158,14 @@ def _difference_table(groups: Sequence[Summary], baseline: Mapping[str, str]) ->
             continue
         found = figures.exit_gaps(group, pair, len(headers) - 1)
         shared = len(group.runs.keys() & pair.runs.keys())
-        cells = [Cell(pair.title, pair.title), Cell(str(shared), shared)]
-        cells += [_percent(summaries.interval(g.values()) if g else None, sign="+") for g in found]
+        cells = [_percent(summaries.interval(g.values()) if g else None, sign="+") for g in found]
+        cells += [Cell(str(shared), shared), Cell(pair.title, pair.title)]
         lines.append((k, cells))
-    return Table(["minus", "seeds", *headers], lines) if lines else None
+    return Table([*headers, "seeds", "minus"], lines) if lines else None
 
 
 # Header, metric of `Record.speed` or a function of the record, factor, and how it is written.
-_SPEED: tuple[tuple[str, str | Callable[[Record], float | None], float, str], ...] = (
+_LOGGED: tuple[tuple[str, str | Callable[[Record], float | None], float, str], ...] = (
     ("images/s", "train/images_per_second", 1, "{:,.0f}"),
     ("ms a step", "train/step_seconds", 1e3, "{:,.4g}"),
     ("GFLOP a step", lambda record: record.step_flops, 1e-9, "{:,.4g}"),
@@ -197,7 +178,7 @@ _SPEED: tuple[tuple[str, str | Callable[[Record], float | None], float, str], ..
 def _speed_table(groups: Sequence[Summary]) -> Table | None:
     """What is known, a column each; a column that no run knows is left out."""
     columns: dict[str, list[Cell]] = {}
-    for header, source, factor, form in _SPEED:
+    for header, source, factor, form in _LOGGED:
         cells = []
         for group in groups:
             runs = group.runs.values()

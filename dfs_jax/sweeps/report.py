@@ -41,7 +41,6 @@ def again(directory: epath.Path) -> None:
 def write(directory: epath.Path, runs: Sequence[Record], baseline: Mapping[str, str]) -> None:
     """Write every file of the report into `directory`, each whole or not at all."""
     groups = summaries.summaries(runs)
-    angles = _conflict(groups)
     results = [
         {**run.labels, **{k: v for k, v in run.scores.items() if not k.endswith("/loss")}}
         for run in runs
@@ -55,7 +54,7 @@ def write(directory: epath.Path, runs: Sequence[Record], baseline: Mapping[str, 
         ),
         "report.html": page.page(groups, summaries.baseline_of(runs, baseline)),
     }
-    if angles is not None:
+    if (angles := _conflict(groups)) is not None:
         files["conflict.png"] = angles
     for name, content in files.items():
         write_whole(directory / name, content)
