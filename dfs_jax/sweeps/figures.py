@@ -194,7 +194,7 @@ def speed(groups: Sequence[Summary]) -> Picture | None:
                     "orientation": "h",
                     "x": [float(np.mean(found))],
                     "y": [at],
-                    "text": [html.escape(_shortened(group.title, 34))],
+                    "text": [html.escape(_shortened(group.title, 30))],
                     "textposition": "inside",
                     "insidetextanchor": "start",
                     "constraintext": "none",  # a long name goes on beside its bar
@@ -403,4 +403,7 @@ def _in_order(name: str) -> tuple[int, int]:
 
 
 def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """Both ends of a `text` that is too long: names of a grid begin and end alike."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} … {text[-(most - most // 2) :]}"

@@ -93,13 +93,14 @@ def _parts(groups: Sequence[Summary]) -> dict[str, dict[str, list[int]]]:
 _ACCURACY = """Test accuracy of every exit against its cost, and of all exits together (star). Mean
 over seeds with its 95 % interval; faint dots are the runs. Configurations of one cost stand side by
 side. An interval of few seeds can be wider than the picture: double-click into it to see all."""
-_DIFFERENCES = """Test accuracy minus that of the baseline with the same other choices, seed by seed:
-what a seed does to both does not count. Mean with its 95 % interval; faint dots are the seeds. An
-interval that reaches 0 tells no difference."""
+_DIFFERENCES = """Test accuracy minus that of the baseline with the same other choices, seed by
+seed: what a seed does to both does not count. Mean with its 95 % interval; faint dots are the
+seeds. An interval that holds 0 shows no difference."""
 _LEARNING = """Accuracy while training, on the {} split. Mean over seeds; the band goes from the
 lowest to the highest."""
-_EARLY_EXIT = """Images leave at the first exit that is sure enough; the thresholds of each budget are
-fitted on the validation split. Mean over seeds; the band goes from the lowest to the highest."""
+_EARLY_EXIT = """Images leave at the first exit that is sure enough; the thresholds of each budget
+are fitted on the validation split. Mean over seeds; the band goes from the lowest to the
+highest."""
 _SPEED = """Medians of what each run logged, then the mean over seeds; dots are the runs. FLOPs are
 the fewest that a step takes (2 for a multiply-add), counted in its computation."""
 _CONFLICT = """Cosine between the gradients of two exits' losses, over the parameters that both see:
