@@ -29,7 +29,9 @@ SEEDS = "seeds"  # the axis over which results are averaged
 _VERSION = 1
 _POINTS = 200  # of a learning curve
 _MEASUREMENTS = 24  # of conflict; each has hundreds of numbers
-_DIGITS = 6  # of numbers that are drawn and not compared
+# Digits of numbers that are drawn and not compared.
+_DIGITS = 6
+_COSINE_DIGITS = 4
 _PLACES = ("data.dir", "train.init_from")  # fields that name folders of a machine
 
 # The medians that a record keeps of what a run has logged.
@@ -65,7 +67,12 @@ class Record(NamedTuple):
 def of_run(place: epath.Path, scores: Mapping[str, float], **known: Any) -> Record:
     """The record of the finished run in `place`, from what it logged; `known` are more fields."""
     lines = metrics.read_metrics(place)
-    probes = [line for line in lines if any(name.startswith("conflict/") for name in line)]
+    probes = [
+        {n: _short(v, _COSINE_DIGITS) for n, v in line.items() if n.startswith("conflict/")}
+        | {"step": line["step"]}
+        for line in lines
+        if any(name.startswith("conflict/") for name in line)
+    ]
     step = max(line["step"] for line in lines if "test/ensemble/top1" in line)
     return Record(
         scores=scores,
@@ -113,8 +120,8 @@ def _thinned(lines: Sequence[Any], most: int) -> list[Any]:
     return [lines[i] for i in kept]
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _short(value: float, digits: int = _DIGITS) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def budgeted_file(place: epath.Path) -> list[dict[str, float]] | None:
@@ -135,7 +142,7 @@ def write(place: epath.Path, record: Record) -> None:
     document = {"version": _VERSION, **record._asdict()}
     if record.conflict is not None:
         columns = conflict.columns(record.conflict)
-        document["conflict"] = {name: [*map(_short, v)] for name, v in columns.items()}
+        document["conflict"] = {name: v.tolist() for name, v in columns.items()}
     # A line a field: a change can be read, and the file is short.
     lines = [f"{json.dumps(name)}: {json_text(v).strip()}" for name, v in document.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"

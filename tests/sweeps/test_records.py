@@ -24,7 +24,7 @@ def get_grid():
         axes={{
             "method": {{"joint": ["preset=joint"], "dfs": ["preset=dfs"]}},
             "surgery.beta": (0.25, 0.5),
-            "seeds": range(2),
+            "seeds": range(1),
         }},
         baseline={{"method": "joint"}},
         overrides={overrides!r},
@@ -45,7 +45,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     found = synthetic.grid(methods=["dfs"], seeds=1, config_of=lambda *_: {"surgery.beta": 0.5})
     kept(tmp_path, found)
     (read,) = records.read_all(epath.Path(tmp_path))
-    np.testing.assert_allclose(read.conflict.overall, found[0].conflict.overall, rtol=1e-5)
+    np.testing.assert_array_equal(read.conflict.overall, found[0].conflict.overall)
     assert read._replace(conflict=None) == found[0]._replace(conflict=None)
 
 
@@ -141,7 +141,7 @@ def test_a_grid_keeps_what_its_report_needs(tmp_path, monkeypatch):
     before = {name: (work / name).read_bytes() for name in PAGE}
 
     # What stands in a record is what the run and the evaluation command say.
-    place = work / "runs" / "method=dfs,beta=0.5,seeds=1"
+    place = work / "runs" / "method=dfs,beta=0.5,seeds=0"
     record = records.read(epath.Path(place))
     assert evaluate.main(["--workdir", str(place), "--out", str(tmp_path / "evaluated")]) == 0
     with open(tmp_path / "evaluated" / "budgeted.csv") as file:
@@ -163,9 +163,8 @@ def test_a_grid_keeps_what_its_report_needs(tmp_path, monkeypatch):
         shutil.copy(run / "record.json", tmp_path / "kept" / run.name)
     assert ablate.main(["--report", str(tmp_path / "kept")]) == 0
     for name, content in before.items():
-        if name != "report.html":  # plotly numbers nothing by chance, but its script is long
-            assert (tmp_path / "kept" / name).read_bytes() == content, name
-    assert (tmp_path / "kept" / "report.html").stat().st_size == len(before["report.html"])
+        again = (tmp_path / "kept" / name).read_bytes()
+        assert again == content, name
 
     # Nothing is trained or measured twice; a record that is lost is made again.
     lost = (place / "record.json").read_bytes()
