@@ -272,6 +272,21 @@ def test_a_browser_draws_it_on_a_screen_and_on_a_telephone(tmp_path):
         assert frame["lowest"] == str(np.argmin(first))
 
 
+def test_networks_with_other_numbers_of_exits_stand_side_by_side(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {"large": synthetic.COSTS, "small": synthetic.COSTS[:2], "one": synthetic.COSTS[:1]}
+    records = [
+        synthetic.record(n, {"network": name, "method": method, "seeds": "0"}, rng, costs=costs)
+        for n, (name, costs) in enumerate(sizes.items())
+        for method in ("joint", "dfs")
+    ]
+    found = tables(written(records, tmp_path))
+    accuracy, gaps = found["Accuracy and cost"], found["Differences to the baseline"]
+    filled = [[bool(cell) for cell in row[2:6]] for row in accuracy[1:]]
+    assert filled[::2] == [[True] * 4, [True, True, False, True], [True, False, False, True]]
+    assert [[bool(cell) for cell in row[1:5]] for row in gaps[1:]] == filled[::2]
+
+
 def test_page_of_one_configuration():
     groups = groups_of(synthetic.grid(methods=["dfs"], seeds=1))
     assert "Differences to the baseline" not in page.page(groups, {})

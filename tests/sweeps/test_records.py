@@ -131,6 +131,27 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_run_without_checkpoints_has_the_budgets_of_an_evaluation(tmp_path):
+    place = epath.Path(tmp_path)
+    assert measured.measured(None, place, 5, None) == {"budgeted": None}
+    (tmp_path / "budgeted.csv").write_text("ratio,cost,top1,leave1\n0.5,10.0,0.75,3\n")
+    wanted = [{"ratio": 0.5, "cost": 10.0, "top1": 0.75}]
+    assert measured.measured(None, place, 5, None) == {"budgeted": wanted}
+    before = records.Record({}, {}, step=5, step_flops=7.0, budgeted=[])
+    assert measured.measured(None, place, 5, before) == {"step_flops": 7.0, "budgeted": []}
+    assert measured.measured(None, place, 6, before) == {"budgeted": wanted}, "it went on"
+
+
+def test_a_run_that_cannot_be_measured_is_told(tmp_path, monkeypatch, caplog):
+    def prepare(*_):
+        raise ValueError("the data are gone")
+
+    monkeypatch.setattr(measured, "prepare", prepare)
+    monkeypatch.setattr(measured, "newest_step", lambda _: 5)
+    assert measured.measured(None, epath.Path(tmp_path), 5, None) == {"budgeted": None}
+    assert "no budgeted evaluation: ValueError: the data are gone" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_grid_keeps_what_its_report_needs(tmp_path, monkeypatch):
     grid, work = tmp_path / "grid.py", tmp_path / "work"
