@@ -86,7 +86,8 @@ def _parts(groups: Sequence[Summary]) -> dict[str, dict[str, list[int]]]:
     for axis in groups[0].labels:
         by_label = found.setdefault(axis, {})
         for k, group in enumerate(groups):
-            by_label.setdefault(group.labels[axis], []).append(k)
+            for label in dict.fromkeys(own[axis] for own in (group.labels, *group.same)):
+                by_label.setdefault(label, []).append(k)
     return {axis: parts for axis, parts in found.items() if 1 < len(parts) < len(groups)}
 
 
