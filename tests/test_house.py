@@ -36,6 +36,7 @@ COMMANDS |= {"data.prepare", "data.double_digits"}
 LIGHT = {"jax", "flax", "optax", "numpy", "dfs_jax"}
 LIGHT_ROOMS = {"writing", "ops", "surgery", "objectives", "models", "gradients", "early_exit"}
 HEAVY = {"tensorflow", "tensorflow_datasets", "clu", "matplotlib", "scipy", "torch", "sklearn"}
+HEAVY |= {"plotly", "jinja2"}
 # A data set of TFDS is a subclass of its builders, so these files need it to be defined at all.
 TFDS_SETS = {"data.sets.cifar", "data.sets.digits", "data.sets.double_digits"}
 

@@ -9,7 +9,7 @@ from dfs_jax.sweeps.grid import Grid
 
 
 def get_grid() -> Grid:
-    """Joint training ignores beta: its two rows differ by nothing but their label."""
+    """Joint training ignores beta: the report shows its two cells once."""
     return Grid(
         base="../digits.py",
         axes={

@@ -48,10 +48,10 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def add_workdir(parser: argparse.ArgumentParser) -> None:
+def add_workdir(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add `--workdir DIR`."""
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="directory of the run (local or gs://)"
+        "--workdir", required=required, metavar="DIR", help="directory of the run (local or gs://)"
     )
 
 

@@ -117,7 +117,7 @@ def differences(
 
     `ignored` names fields ("data.dir") and whole sections ("mesh") that may differ.
     """
-    before, after = (_flatten(json.loads(to_json(c))) for c in (there, now))
+    before, after = (flatten(json.loads(to_json(c))) for c in (there, now))
     ignored = set(ignored)
     lines = []
     for path in sorted(before.keys() | after.keys()):
@@ -127,11 +127,12 @@ def differences(
     return lines
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary by path: {"surgery.beta": 0.5, …}."""
     flat = {}
     for key, value in section.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -67,23 +67,38 @@ def files(runs: Mapping[str, History]) -> dict[str, str | bytes]:
 
 def table(found: History) -> str:
     """conflict.csv: one line a step, one column a metric, as they are named in metrics.jsonl."""
+    found_columns = columns(found)
+    return csv_table(
+        [
+            {name: None if np.isnan(v[t]) else v[t] for name, v in found_columns.items()}
+            for t in range(len(found.steps))
+        ]
+    )
+
+
+def columns(found: History) -> dict[str, np.ndarray]:
+    """Steps and every cosine (T,) of a history, by the metrics' names after "conflict/"."""
     count = found.overall.shape[-1]
     pairs = {f"exit{i + 1}_exit{j + 1}": (i, j) for i, j in np.transpose(np.triu_indices(count, 1))}
-    columns = {"step": found.steps}
-    columns |= {name: found.overall[:, *pair] for name, pair in pairs.items()}
+    result = {"step": found.steps}
+    result |= {name: found.overall[:, *pair] for name, pair in pairs.items()}
     for s in range(count - 1):
-        columns |= {
+        result |= {
             f"segment{s + 1}/{name}": found.segments[:, s, *pair]
             for name, pair in pairs.items()
             if pair[0] >= s
         }
-    columns |= {f"segment{s + 1}/layer/{path}": v for (s, path), v in found.layers.items()}
-    return csv_table(
-        [
-            {name: None if np.isnan(values[t]) else values[t] for name, values in columns.items()}
-            for t in range(len(found.steps))
-        ]
-    )
+    result |= {f"segment{s + 1}/layer/{path}": v for (s, path), v in found.layers.items()}
+    return result
+
+
+def from_columns(values: Mapping[str, Sequence[float]]) -> History | None:
+    """The inverse of `columns`."""
+    lines = [
+        {name if name == "step" else f"conflict/{name}": v[t] for name, v in values.items()}
+        for t in range(len(values.get("step", ())))
+    ]
+    return history(lines)
 
 
 def picture(runs: Mapping[str, History]) -> bytes:
@@ -145,12 +160,12 @@ def _write_values(axes: Any, matrix: np.ndarray, largest: float) -> None:
 def _over_training(axes: Any, runs: Mapping[str, History]) -> None:
     """One line a run, the mean over all pairs; a run by itself has one line a segment."""
     for label, found in runs.items():
-        mean = _mean_of_pairs(found.overall)
+        mean = mean_of_pairs(found.overall)
         axes.plot(found.steps, mean, ".-", lw=2, label=label if len(runs) > 1 else "overall")
     if len(runs) == 1:
         (found,) = runs.values()
         for s in range(found.segments.shape[1]):
-            values = _mean_of_pairs(found.segments[:, s])
+            values = mean_of_pairs(found.segments[:, s])
             axes.plot(found.steps, values, ".-", lw=1, label=f"segment {s + 1}")
     axes.axhline(0, c="grey", lw=0.8)
     axes.set(xlabel="step", ylabel="mean cosine over pairs", title="over training")
@@ -184,8 +199,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.where(counts, np.where(there, values, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def _mean_of_pairs(matrices: np.ndarray) -> np.ndarray:
-    """(T,) from (T, N, N)."""
+def mean_of_pairs(matrices: np.ndarray) -> np.ndarray:
+    """Mean cosine (T,) over the pairs of exits of (T, N, N)."""
     upper = np.triu_indices(matrices.shape[-1], 1)
     return _mean(matrices[:, *upper].T)
 

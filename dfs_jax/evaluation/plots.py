@@ -25,7 +25,7 @@ def anytime(
 ) -> bytes:
     """Accuracy (N,) of every exit against its cost (N,), and of the ensemble of all exits."""
     figure, axes = _figure(title, wide=published is not None)
-    unit, name = _unit(costs)
+    unit, name = unit_of(costs)
     if published:
         colours = _colours(published)
         for method, values in published.top1.items():
@@ -61,7 +61,7 @@ def budgeted(
     import matplotlib
 
     figure, (axes, below) = _figure(title, wide=published is not None, rows=2)
-    unit, name = _unit(costs)
+    unit, name = unit_of(costs)
     if published:
         for method, points in published.budgeted.items():
             at, values = zip(*points, strict=True)
@@ -116,7 +116,7 @@ def reliability(title: str, trained: Calibration, calibrated: Calibration | None
 def accuracy_against_cost(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
     """One curve per (name, costs (N,), accuracies (N,)), exits from shallow to deep."""
     figure, axes = _figure("test accuracy of every exit", wide=True)
-    unit, name = _unit([cost for _, costs, _ in curves for cost in costs])
+    unit, name = unit_of([cost for _, costs, _ in curves for cost in costs])
     for number, (label, costs, top1) in enumerate(curves):
         style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours, then the next line style
         axes.plot(_in(costs, unit), _percent(top1), "o" + style, ms=4, label=label)
@@ -226,7 +226,8 @@ def _number_exits(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
         axes.annotate(str(i), point, (0, -14), **style)
 
 
-def _unit(costs: Sequence[float]) -> tuple[float, str]:
+def unit_of(costs: Sequence[float]) -> tuple[float, str]:
+    """The unit in which `costs` are read easily, and its letter."""
     return (1e9, "G") if max(costs) >= 1e9 else (1e6, "M")
 
 

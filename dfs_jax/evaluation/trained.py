@@ -12,7 +12,7 @@ from dfs_jax.config import ConfigError, refusals
 from dfs_jax.distributed import placement
 from dfs_jax.early_exit import budget, risk
 from dfs_jax.early_exit.budget import Thresholds
-from dfs_jax.evaluation import conflict, published, report
+from dfs_jax.evaluation import budgeted, conflict, published, report
 from dfs_jax.evaluation.answers import SplitAnswers, answer_split, answerer
 from dfs_jax.models.cost import exit_costs
 from dfs_jax.training import lineage, progress
@@ -20,7 +20,9 @@ from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.counts import summarise
 from dfs_jax.training.digest import fingerprint
 from dfs_jax.training.run import Run, prepare
-from dfs_jax.training.state import restore
+from dfs_jax.training.state import TrainState, restore
+
+_SCORE = "max_softmax"  # what thresholds compare, where nobody says
 
 
 def evaluate_workdir(arguments: argparse.Namespace) -> None:
@@ -37,9 +39,7 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
     _check_run(arguments, run, costs)
     step, state = restore(run, arguments.workdir, arguments.step)
     out = report.directory(arguments.out or arguments.workdir)
-    fitted = {"step": step, "weights": fingerprint(state.variables), "warning": ""}
-    if run.data.validation is not None:
-        fitted["warning"] = lineage.warning(config, arguments.workdir)
+    fitted = _fitted(run, arguments.workdir, step, state)
 
     answer = answerer(run.network, arguments.score, placement.replicated(run.mesh))
     by_batch = placement.batch(run.mesh)
@@ -70,6 +70,30 @@ def evaluate_workdir(arguments: argparse.Namespace) -> None:
         print(f"\nwritten to {out}: {', '.join(written)}")
         if removed:
             print(f"removed, since an earlier evaluation wrote them: {', '.join(removed)}")
+
+
+def budgeted_rows(run: Run, workdir: str) -> list[dict[str, Any]] | None:
+    """The lines of budgeted.csv: the newest checkpoint's early exit on the test split.
+
+    None without a validation split. Raises ConfigError if there is no checkpoint.
+    """
+    if run.data.validation is None:
+        return None
+    step, state = restore(run, workdir)
+    answer = answerer(run.network, _SCORE, placement.replicated(run.mesh))
+    test, validation = (
+        answer_split(answer, state.variables, split, placement.batch(run.mesh))
+        for split in (run.data.test, run.data.validation)
+    )
+    costs = exit_costs(run.network, run.data.spec.batch(1)).cumulative
+    fitted = _fitted(run, workdir, step, state)
+    return budgeted.rows(budgeted.measure(test, validation, costs, _SCORE, fitted))
+
+
+def _fitted(run: Run, workdir: str, step: int, state: TrainState) -> dict[str, Any]:
+    """What thresholds say about the checkpoint that they are fitted to."""
+    warning = "" if run.data.validation is None else lineage.warning(run.config, workdir)
+    return {"step": step, "weights": fingerprint(state.variables), "warning": warning}
 
 
 def _thresholds(arguments, validation: SplitAnswers, costs: Sequence[float]) -> Thresholds | None:

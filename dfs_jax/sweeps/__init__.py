@@ -1,1 +1,1 @@
-"""A grid of runs and its report."""
+"""A grid of runs, the record of each, and the report on them."""

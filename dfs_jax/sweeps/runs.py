@@ -2,7 +2,7 @@
 
 A finished run is skipped, an unfinished one goes on where it stopped, a failed one is listed and
 the rest go on; numbers of a configuration that the grid no longer has are refused. Which runs a
-grid has is in `grid.py`, what is written in `report.py`.
+grid has is in `grid.py`, what is kept of a run in `records.py`, what is written in `report.py`.
 """
 
 import logging
@@ -14,9 +14,10 @@ import ml_collections
 from etils import epath
 
 from dfs_jax.config import ConfigError, command
-from dfs_jax.evaluation import conflict
-from dfs_jax.sweeps import report
+from dfs_jax.sweeps import records, report
 from dfs_jax.sweeps.grid import Cell, Grid
+from dfs_jax.sweeps.measured import measured
+from dfs_jax.sweeps.records import Record
 from dfs_jax.training import loop, metrics
 from dfs_jax.training import workdir as workdirs
 from dfs_jax.training.save_policy import Preempted
@@ -43,6 +44,7 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         try:
             if finished(cell, place) is not None:
                 log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
+                _keep(grid, runs, cell, place)
                 continue
             log.info("[%d/%d] %s", number, len(mine), cell.name)
             command.configure_jax(cell.config)
@@ -58,33 +60,67 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
             write_whole(place / _SECONDS, f"{seconds:.1f}\n")
             left = (time.monotonic() - began) / number * (len(mine) - number)
             log.info("%s took %.0f s; about %.0f min to go", cell.name, seconds, left / 60)
+            _keep(grid, runs, cell, place)
         jax.clear_caches()  # the next run compiles programs of its own
-    rows = _rows(runs, places, failed)
-    if rows:
-        report.write(directory, rows, grid.baseline)
-        print(report.markdown(rows, grid.baseline), flush=True)
+    found = _finished(grid, runs, places, failed)
+    if found:
+        report.write(directory, found, grid.baseline)
+        print(report.markdown(found, grid.baseline), flush=True)
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", flush=True)
-    print(f"{len(rows)} of {len(runs)} runs are finished; report in {directory}", flush=True)
+    print(f"{len(found)} of {len(runs)} runs are finished; report in {directory}", flush=True)
     return not failed
 
 
-def _rows(
-    runs: Sequence[Cell], places: Mapping[str, epath.Path], failed: dict[str, str]
-) -> list[report.Row]:
+def _finished(
+    grid: Grid, runs: Sequence[Cell], places: Mapping[str, epath.Path], failed: dict[str, str]
+) -> list[Record]:
     """What is finished, other shards' included; what cannot be counted is entered in `failed`."""
-    rows = []
+    found = []
     for cell in runs:
-        place = places[cell.name]
         try:
-            result = finished(cell, place)
+            record = _record(grid, runs, cell, places[cell.name])
         except ConfigError as error:
             failed.setdefault(cell.name, f"{type(error).__name__}: {error}")
             continue
-        if result is not None:
-            history = conflict.of_workdir(place)
-            rows.append(report.Row(cell.labels, result, _seconds(place), history))
-    return rows
+        if record is not None:
+            found.append(record)
+    return found
+
+
+def _keep(grid: Grid, runs: Sequence[Cell], cell: Cell, place: epath.Path) -> None:
+    """Write the record of a finished run, for which it is measured if it has not been."""
+    record = _record(grid, runs, cell, place)
+    if record is not None:
+        more = measured(cell.config, place, record.step, _before(place))
+        records.write(place, record._replace(**more))
+
+
+def _record(grid: Grid, runs: Sequence[Cell], cell: Cell, place: epath.Path) -> Record | None:
+    """The record of the run in `place` as far as it needs no checkpoint; None if unfinished."""
+    result = finished(cell, place)
+    if result is None:
+        return None
+    record = records.of_run(
+        place,
+        result,
+        labels=cell.labels,
+        seconds=_seconds(place),
+        number=[other.name for other in runs].index(cell.name),
+        baseline=grid.baseline,
+    )
+    if (before := _before(place)) is not None and before.step == record.step:
+        record = record._replace(step_flops=before.step_flops, budgeted=before.budgeted)
+    return record
+
+
+def _before(place: epath.Path) -> Record | None:
+    """The record that is there; one that cannot be read is made again."""
+    try:
+        return records.read(place)
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None
 
 
 def finished(cell: Cell, place: epath.Path) -> dict[str, float] | None:

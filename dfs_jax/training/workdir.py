@@ -17,7 +17,7 @@ from dfs_jax.training.checkpoint import newest_step
 from dfs_jax.writing.files import absolute, write_whole
 
 # What may change between two runs in one workdir; a change elsewhere is another experiment.
-_FREE = {
+FREE = {
     "data.dir",
     "data.on_error",
     "mesh",
@@ -75,7 +75,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     before = load(workdir)
     if before is None:
         return
-    free = set(_FREE)
+    free = set(FREE)
     # Only cosine schedules, and phases, depend on the run's length.
     if config.optimizer.schedule != "cosine" and not config.train.phases:
         free |= {"train.epochs", "train.steps"}
