@@ -203,7 +203,6 @@ class Case:
         for name, none in zip(self.names, self.golden[f"train_{loss}_grad_none"], strict=True):
             trained[name][...] = not none
         trained = from_state_dict(self.network, trained)["params"]
-        trained = jax.tree.map(lambda ones: float(np.max(ones)), trained)
 
         params, losses, exit_ce = self.variables["params"], [], []
         velocity = jax.tree.map(jnp.zeros_like, params)
@@ -253,7 +252,9 @@ class Case:
 
 @functools.partial(jax.jit, donate_argnums=1, compiler_options=QUICK)
 def _sgd(params, velocity, gradients, trained, learning_rate):
-    """One update: (parameters, velocities), where `trained` is 1; 0 stays."""
+    """One update: (parameters, velocities); what is not `trained` (bool) stays."""
     decayed = jax.tree.map(lambda g, p: g + 5e-4 * p, gradients, params)
-    velocity = jax.tree.map(lambda v, d, on: (0.9 * v + d) * on, velocity, decayed, trained)
+    velocity = jax.tree.map(
+        lambda v, d, on: jnp.where(on, 0.9 * v + d, 0), velocity, decayed, trained
+    )
     return jax.tree.map(lambda p, v: p - learning_rate * v, params, velocity), velocity

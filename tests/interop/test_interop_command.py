@@ -53,6 +53,7 @@ def test_the_workdir_is_that_of_a_run(loaded):
     assert config.surgery.to_dict() == {
         "beta": 0.25,
         "exit_gradient": "all",
+        "first_exit": 1,
         "partition": True,
         "referencing": True,
     }

@@ -255,3 +255,25 @@ def test_a_mistake_in_a_grid_is_told_in_a_sentence(grid_text, message, tmp_path,
     assert ablate.main(["--config", str(file), "--workdir", str(tmp_path / "runs")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_need_not_have_all_combinations(request):
+    cells = grid.load(str(request.config.rootpath / "configs/ablations/fashion_mnist.py"))[1]
+    methods = {}
+    for cell in cells:
+        methods.setdefault(cell.labels["setting"], set()).add(cell.labels["method"])
+        assert [cell.config.seed, cell.config.data.seed] == [int(cell.labels["seeds"])] * 2
+    everywhere = {"joint", "dfs", "dfs_all", "ge"}
+    assert methods["vgg7 short"] > everywhere | {"mixed", "boost", "dfs, from exit 3"}
+    assert methods["msdnet long"] == everywhere
+    assert methods["resnet18 short, distilled"] == {"joint", "dfs"}
+    assert len(cells) == 3 * sum(map(len, methods.values()))
+
+
+def test_a_grid_without_runs_is_refused(tmp_path, request):
+    file = tmp_path / "empty.py"
+    base = request.config.rootpath / "configs" / "digits.py"
+    text = GRID.format(base=base).replace("overrides=", "has=lambda labels: False, overrides=")
+    file.write_text(text)
+    with pytest.raises(loop.ConfigError, match="no runs"):
+        grid.load(str(file))

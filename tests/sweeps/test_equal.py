@@ -18,6 +18,8 @@ def trains(request, spec, *overrides):
     [
         ("digits.py:joint", "surgery.beta=0.25", "surgery.beta=0.5", True),
         ("digits.py:joint", "surgery.exit_gradient=own", "surgery.exit_gradient=all", True),
+        ("digits.py:joint", "surgery.first_exit=1", "surgery.first_exit=2", True),
+        ("digits.py:mixed", "surgery.beta=0.25", "surgery.beta=0.5", False),  # of a phase, maybe
         ("digits.py:pcgrad", "surgery.referencing=true", "surgery.referencing=false", True),
         ("digits.py:dfs", "surgery.beta=0.25", "surgery.beta=0.5", False),
         ("digits.py:dfs", "objective.temperature=2.0", "objective.temperature=3.0", True),
