@@ -11,7 +11,7 @@ any order:
     msdnet             MSDNet for CIFAR, five exits
     resnet18           ResNet18, four exits
     small (default)    vgg7 and resnet18 at a quarter of their widths, msdnet at growth 8 and with
-                       one layer a segment, 1,500 steps: for CPUs
+                       one layer a segment, 2,400 steps: for CPUs
     full               the published widths, seven exits of MSDNet, 300 epochs
     dfs (default)      Deep Feature Surgery; joint, ge, imta and all other method words are told
                        in dfs_jax/config/presets.py
@@ -54,9 +54,9 @@ _NETWORKS = {word: lambda c, word=word: base.set_network(c, f"{word}_cifar100") 
 def _small(c):
     word = c.model.name.removesuffix("_cifar100")
     base.set_network(c, c.model.name, **_SMALL[word])
-    c.train.steps = 1_500
-    c.train.eval_every = 250
-    c.train.checkpoint_every = 250
+    c.train.steps = 2_400
+    c.train.eval_every = 400
+    c.train.checkpoint_every = 400
     c.train.log_every = 50
 
 

@@ -7,9 +7,9 @@
         --shard 2/2
 
 The list of runs was committed before the first of them began, and none is dropped. Three seeds
-each; one process a core. `short` is the recipe of `configs/fashion_mnist.py`; `long` has four times
-its steps, after which joint training gains little. A cycle of Meta-GF takes N + 1 steps for the
-work of one: it has seven times the steps.
+each; one process a core, some 36 hours of one. `short` is the recipe of
+`configs/fashion_mnist.py`, 2,400 steps; `long` has 8,000. A cycle of Meta-GF takes N + 1 steps for
+the work of one: it has seven times the steps.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from dfs_jax.sweeps.grid import Grid
 _SETTINGS = {
     "vgg7 short": ["preset=vgg7"],
     "msdnet short": ["preset=msdnet"],
-    "vgg7 long": ["preset=vgg7", "train.steps=6000", "train.eval_every=1000"],
-    "msdnet long": ["preset=msdnet", "train.steps=6000", "train.eval_every=1000"],
+    "vgg7 long": ["preset=vgg7", "train.steps=8000", "train.eval_every=1000"],
+    "msdnet long": ["preset=msdnet", "train.steps=8000", "train.eval_every=1000"],
     "resnet18 short": ["preset=resnet18"],
     "resnet18 short, distilled": [
         "preset=resnet18",
@@ -31,7 +31,7 @@ _SETTINGS = {
     ],
 }
 _OWN = {
-    "meta_gf": ("gradients.options.phase_steps=10", "train.steps=10500", "train.eval_every=1750"),
+    "meta_gf": ("gradients.options.phase_steps=10", "train.steps=16800", "train.eval_every=2800"),
 }
 _VARIANTS = {
     **{

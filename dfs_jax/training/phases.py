@@ -200,14 +200,14 @@ def kept(phase: Phase, network: MultiExit, batch: Any) -> tuple[str, ...]:
         return ()
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), traced.variables(network, batch))
     params, statistics = variables["params"], variables.get("batch_stats", {})
-    problem = Problem(network, Objective(), {**_named(batch)}, statistics, jax.random.key(0))
+    problem = Problem(network, Objective(), _named(batch), statistics, jax.random.key(0))
     used = exits_by_tensor(problem, params)
-    by_last = {
-        "/".join(str(entry.key) for entry in path): bool(exits[-1])
-        for path, exits in jax.tree_util.tree_leaves_with_path(used)
-    }
-    stays = {name for name, last in by_last.items() if last == (phase.trains == "exits")}
-    return _patterns(stays, by_last.keys() - stays)
+    inside, outside = set(), set()
+    for path, exits in jax.tree_util.tree_leaves_with_path(used):
+        of_last = bool(exits[-1])
+        trained = of_last if phase.trains == "last" else exits.any() and not of_last
+        (outside if trained else inside).add("/".join(str(entry.key) for entry in path))
+    return _patterns(inside, outside)
 
 
 def _named(batch: Any) -> Mapping[str, Any]:
