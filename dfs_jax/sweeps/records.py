@@ -13,9 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from etils import epath
 
+from dfs_jax import config as configuration
 from dfs_jax.config import ConfigError
 from dfs_jax.config.loader import flatten
 from dfs_jax.evaluation import conflict
@@ -85,9 +87,28 @@ def of_run(place: epath.Path, scores: Mapping[str, float], **known: Any) -> Reco
     )
 
 
+def check(record: Record, config: ml_collections.ConfigDict, place: epath.Path) -> None:
+    """Raise ConfigError, naming the fields, if the `record` in `place` is not of `config`.
+
+    Fields that came after the record must have their defaults.
+    """
+    now = _kept(flatten(json.loads(configuration.to_json(config))))
+    usual = flatten(json.loads(configuration.to_json(configuration.default())))
+    lines = []
+    for path in sorted(now.keys() | record.config.keys()):
+        before = record.config.get(path, usual.get(path))
+        if before != now.get(path):
+            lines.append(f"{path}: {before!r} there, {now.get(path)!r} now")
+    if lines:
+        raise ConfigError(f"{place / NAME} is of another experiment; {'; '.join(lines)}")
+
+
 def _config(place: epath.Path) -> dict[str, Any]:
     path = place / "config.json"
-    fields = flatten(json.loads(path.read_text())) if path.exists() else {}
+    return _kept(flatten(json.loads(path.read_text())) if path.exists() else {})
+
+
+def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
     free = {p for p in fields if p in FREE or p.split(".")[0] in FREE}
     kept = {path: value for path, value in fields.items() if path not in free}
     # Of places the name and a digest: which of two folders it was, and not where on a machine.

@@ -42,7 +42,7 @@ def run(grid: Grid, runs: Sequence[Cell], workdir: str, shard: tuple[int, int] =
         place = places[cell.name]
         since = time.monotonic()
         try:
-            if finished(cell, place) is not None:
+            if _record(grid, runs, cell, place) is not None:
                 log.info("[%d/%d] %s: finished before", number, len(mine), cell.name)
                 _keep(grid, runs, cell, place)
                 continue
@@ -97,18 +97,19 @@ def _keep(grid: Grid, runs: Sequence[Cell], cell: Cell, place: epath.Path) -> No
 
 
 def _record(grid: Grid, runs: Sequence[Cell], cell: Cell, place: epath.Path) -> Record | None:
-    """The record of the run in `place` as far as it needs no checkpoint; None if unfinished."""
+    """The record of the run in `place` as far as it needs no checkpoint; None if unfinished.
+
+    A record that stands alone, as it was committed, is that of a finished run too.
+    """
+    number = [other.name for other in runs].index(cell.name)
+    told = {"labels": cell.labels, "number": number, "baseline": grid.baseline}
+    if workdirs.load(str(place)) is None and (alone := records.read(place)) is not None:
+        records.check(alone, cell.config, place)
+        return alone._replace(**told)
     result = finished(cell, place)
     if result is None:
         return None
-    record = records.of_run(
-        place,
-        result,
-        labels=cell.labels,
-        seconds=_seconds(place),
-        number=[other.name for other in runs].index(cell.name),
-        baseline=grid.baseline,
-    )
+    record = records.of_run(place, result, seconds=_seconds(place), **told)
     if (before := _before(place)) is not None and before.step == record.step:
         record = record._replace(step_flops=before.step_flops, budgeted=before.budgeted)
     return record

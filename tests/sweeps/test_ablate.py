@@ -277,3 +277,26 @@ def test_a_grid_without_runs_is_refused(tmp_path, request):
     file.write_text(text)
     with pytest.raises(loop.ConfigError, match="no runs"):
         grid.load(str(file))
+
+
+def test_a_record_alone_is_a_finished_run(grid_file, tmp_path, trainer, capsys):
+    made, work = trainer(), tmp_path / "work"
+    argv = ["--config", str(grid_file), "--workdir", str(work)]
+    assert ablate.main(argv) == 0
+    before = (work / "report.md").read_text()
+    kept = tmp_path / "kept"
+    for place in (work / "runs").iterdir():
+        (kept / "runs" / place.name).mkdir(parents=True)
+        (kept / "runs" / place.name / "record.json").write_bytes(
+            (place / "record.json").read_bytes()
+        )
+    argv = ["--config", str(grid_file), "--workdir", str(kept)]
+    count = len(made.runs)
+    assert ablate.main(argv) == 0
+    assert len(made.runs) == count
+    assert (kept / "report.md").read_text() == before
+
+    grid_file.write_text(grid_file.read_text().replace("train.epochs=1.0", "train.epochs=2.0"))
+    capsys.readouterr()
+    assert ablate.main(argv) == 1
+    assert capsys.readouterr().out.count("train.epochs: 1.0 there, 2.0 now") == count
