@@ -21,7 +21,7 @@ from dfs_jax.training import run as run_module
 from dfs_jax.training import state as state_module
 from dfs_jax.training import step as step_module
 from dfs_jax.training.state import initial_state
-from dfs_jax.training.step import make_train_step
+from dfs_jax.training.step import make_programs, make_train_step
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TRAIN, HELD_OUT, TEST = 90, 37, 53  # divisible by neither batch nor device count
@@ -164,11 +164,14 @@ def few_digits(tmp_path_factory):
 
 def losses_of(run):
     """Losses (S, N) of the N exits in each of the run's S steps, nothing else done."""
-    state, step = initial_state(run), make_train_step(run)
+    state, programs = initial_state(run), make_programs(run)
     batches = run.data.train.batches(0, placement.batch(run.mesh))
     found = []
-    for _ in range(run.total_steps):
-        state, measured = step(state, next(batches))
+    for step in range(run.total_steps):
+        if step in programs:
+            phase = programs[step]
+            state = phase.enter(state)
+        state, measured = phase.step(state, next(batches))
         found.append(jax.device_get(measured.losses))
     return np.array(found)
 

@@ -57,11 +57,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
 def _train(run: Run, workdir: str) -> dict[str, float]:
     """The rest of the run in its workdir; the final metrics."""
-    weights, programs = given_weights(run, workdir), {}
+    weights, programs = given_weights(run, workdir), make_programs(run)
     if (reached := _reached(run, workdir)) < run.total_steps:
-        programs = make_programs(run, reached)
-        for step, phase in programs.items():
-            footprint.check_step(run.taking(step), phase.step)
+        for first, phase in programs.items():
+            if first >= run.taking(reached).first_step:
+                footprint.check_step(run.taking(first), phase.step)
     directory = workdirs.create(run.config, workdir, run.data.record)
     say(placement.describe(run.mesh))
 
@@ -112,6 +112,7 @@ def _loop(
         saves.scored(start, evaluate(start, state))
     if start == run.total_steps:
         return state
+    phase = programs[run.taking(start).first_step]
     batches = run.data.train.batches(start, by_batch)
     for step in range(start, run.total_steps):  # so many updates are done
         profile.after(step, reporter)

@@ -97,16 +97,14 @@ class Programs(NamedTuple):
     probe: Callable[[TrainState, Batch], dict[str, jax.Array]]
 
 
-def make_programs(run: Run, start: int) -> dict[int, Programs]:
-    """The programs of a run that goes on from `start`, by the step at which each takes over."""
+def make_programs(run: Run) -> dict[int, Programs]:
+    """The programs of a run's phases, by the step that each begins at; nothing is compiled."""
     found = {}
     for phase in run.phases or (run,):
-        under_way = run.taking(start) is phase
-        if under_way or phase.first_step > start:
-            anew = 0 < phase.first_step >= start and not phase.goes_on
-            enter = _fresh_optimizer(phase) if anew else lambda state: state
-            programs = Programs(enter, make_train_step(phase), make_conflict_probe(phase))
-            found[start if under_way else phase.first_step] = programs
+        same = phase.goes_on or not phase.first_step
+        enter = (lambda state: state) if same else _fresh_optimizer(phase)
+        programs = Programs(enter, make_train_step(phase), make_conflict_probe(phase))
+        found[phase.first_step] = programs
     return found
 
 

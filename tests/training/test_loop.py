@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 
 import jax
@@ -260,15 +261,24 @@ class TestResume:
         assert by_step_and_name(tmp_path).keys() == by_step_and_name(trained.workdir).keys()
 
     def test_a_finished_run_trains_nothing_and_prints_its_table(self, trained, monkeypatch, capsys):
-        def refuse(_):
+        def refuse(*_):
             raise AssertionError("a finished run is trained")
 
         before = (trained.workdir / "metrics.jsonl").read_bytes()
-        monkeypatch.setattr(step_module, "make_train_step", refuse)
+        monkeypatch.setattr(step_module, "make_train_step", lambda run: refuse)
         assert loop.train_and_evaluate(trained.config, str(trained.workdir)) == trained.final
         assert "test accuracy" in capsys.readouterr().out
         assert (trained.workdir / "metrics.jsonl").read_bytes() == before
         assert steps_of(trained.workdir)[-2:] == [10, 12]
+
+    def test_a_finished_run_whose_end_is_damaged_is_finished_again(self, trained, tmp_path):
+        shutil.copytree(trained.workdir, tmp_path / "run")
+        for file in (tmp_path / "run/checkpoints/12").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+        assert loop.train_and_evaluate(trained.config, str(tmp_path / "run")) == trained.final
+        want = final_state(trained.config, trained.workdir)
+        assert_bit_identical(final_state(trained.config, tmp_path / "run"), want)
 
 
 def ten_steps(*own, network):

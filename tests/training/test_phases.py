@@ -1,6 +1,7 @@
 """Phases of a run: what each trains, how fast, with which optimizer state, and going on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -106,6 +107,17 @@ def test_a_run_goes_on_at_the_border_of_phases_and_within_one(mixed, at, tmp_pat
             loop.train_and_evaluate(c, str(tmp_path))
     loop.train_and_evaluate(c, str(tmp_path))
     got, wanted = (restore(prepare(c), place)[1] for place in (str(tmp_path), workdir))
+    assert_same(flat(got), flat(wanted))
+
+
+def test_a_damaged_checkpoint_is_replaced_by_one_of_an_earlier_phase(mixed, tmp_path):
+    c, workdir = mixed
+    shutil.copytree(workdir, tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints/12").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    loop.train_and_evaluate(c, str(tmp_path / "run"))
+    got, wanted = (restore(prepare(c), str(place))[1] for place in (tmp_path / "run", workdir))
     assert_same(flat(got), flat(wanted))
 
 
