@@ -30,10 +30,12 @@ def optimizer(
     update: optax.GradientTransformation, patterns: Sequence[str]
 ) -> optax.GradientTransformation:
     """`update` with nothing for the frozen parameters."""
-    if not patterns:
-        return update
-    still = optax.masked(optax.set_to_zero(), lambda params: chosen(patterns, params))
-    return optax.chain(update, still)
+    return optax.chain(update, still(patterns)) if patterns else update
+
+
+def still(patterns: Sequence[str]) -> optax.GradientTransformation:
+    """Sets to 0 the updates of what the patterns find; it keeps no state."""
+    return optax.masked(optax.set_to_zero(), lambda params: chosen(patterns, params))
 
 
 def keep(patterns: Sequence[str], before: Any, after: Any) -> Any:

@@ -200,7 +200,8 @@ def kept(phase: Phase, network: MultiExit, batch: Any) -> tuple[str, ...]:
         return ()
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), traced.variables(network, batch))
     params, statistics = variables["params"], variables.get("batch_stats", {})
-    problem = Problem(network, Objective(), _named(batch), statistics, jax.random.key(0))
+    given = batch if isinstance(batch, Mapping) else {"input": batch}  # one needs no name
+    problem = Problem(network, Objective(), given, statistics, jax.random.key(0))
     used = exits_by_tensor(problem, params)
     inside, outside = set(), set()
     for path, exits in jax.tree_util.tree_leaves_with_path(used):
@@ -208,10 +209,6 @@ def kept(phase: Phase, network: MultiExit, batch: Any) -> tuple[str, ...]:
         trained = of_last if phase.trains == "last" else exits.any() and not of_last
         (outside if trained else inside).add("/".join(str(entry.key) for entry in path))
     return _patterns(inside, outside)
-
-
-def _named(batch: Any) -> Mapping[str, Any]:
-    return batch if isinstance(batch, Mapping) else {"image": batch}
 
 
 def _patterns(inside: set[str], outside: set[str]) -> tuple[str, ...]:
@@ -250,5 +247,4 @@ def optimizer(
             updates = jax.tree.map(lambda u, on, f=factor: f * u if on else u, updates, chosen)
         return updates
 
-    still = optax.masked(optax.set_to_zero(), lambda params: freeze.chosen(patterns, params))
-    return optax.chain(update, still, optax.stateless(scaled))
+    return optax.chain(update, freeze.still(patterns), optax.stateless(scaled))
